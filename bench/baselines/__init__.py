@@ -1,0 +1,1 @@
+"""What ShadowKV is compared with: other ways to spend the same number of attended tokens, and full caches."""

@@ -1,0 +1,164 @@
+"""Perplexity of teacher-forced decoding after a long prefix, relative to full attention."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from bench.methods import FULL_ATTENTION, DecodePlan, Method, all_methods, open_cache
+from bench.prose import language_reference, library_docstrings, passages
+from bench.quality import check_full_size, feed, prefill
+from bench.record import Row
+from bench.session import Session
+from bench.table import Column, Outcome, Table, Target
+from longshadow.models import LoadedModel, load_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """`num_texts` passages of `prefix_tokens` and `decoded_tokens`, half of them from each source of prose.
+
+    `local_tokens` and `segment_tokens` are ShadowKV's: at 1/32 the default segment, whose tokens are attended
+    until it is full, would alone exceed the budget.
+    """
+
+    num_texts: int = 8
+    prefix_tokens: int = 4000
+    decoded_tokens: int = 256
+    fractions: tuple[float, ...] = (1 / 8, 1 / 16, 1 / 32)
+    ranks: tuple[int, ...] = (64, 32)
+    local_tokens: int = 32
+    segment_tokens: int = 64
+
+
+def run(config: Config, session: Session) -> Outcome:
+    """Every text is one unit: a shared exact prefill, then each method decodes the rest."""
+    loaded = load_model("demo", dtype=torch.float32, device=session.device)
+    methods = all_methods(config.fractions, config.ranks)
+    texts = make_texts(loaded, config)
+    results: list[dict[str, Any]] = []
+    with torch.inference_mode():
+        check = check_full_size(loaded.model, texts[0][: config.prefix_tokens], texts[0][config.prefix_tokens])
+        for index, text in enumerate(texts):
+            results += session.unit(
+                f"text {index}", lambda: measure(loaded.model, text, methods, config, session, f"text {index + 1}")
+            )
+    return Outcome(rows=summarize(results, methods), check=check)
+
+
+def make_texts(loaded: LoadedModel, config: Config) -> list[list[int]]:
+    """Passages of prefix and continuation, alternately from the language reference and from docstrings."""
+    length = config.prefix_tokens + config.decoded_tokens + 1
+    half = math.ceil(config.num_texts / 2)
+    sources = [
+        passages(loaded.tokenizer(text, add_special_tokens=False).input_ids, count=half, length=length)
+        for text in (language_reference(), library_docstrings())
+    ]
+    return [text for pair in zip(*sources, strict=True) for text in pair][: config.num_texts]
+
+
+def measure(
+    model: PreTrainedModel, text: list[int], methods: list[Method], config: Config, session: Session, label: str
+) -> list[dict[str, Any]]:
+    """Mean negative log-likelihood of the continuation by each method."""
+    prefix, continuation = text[: config.prefix_tokens], text[config.prefix_tokens :]
+    session.progress(f"{label}: prefill")
+    cache, _ = prefill(model, prefix)
+    plan = DecodePlan(
+        prompt_tokens=len(prefix),
+        steps=config.decoded_tokens,
+        teacher_forced=True,
+        local_tokens=config.local_tokens,
+        segment_tokens=config.segment_tokens,
+    )
+    results = []
+    for number, method in enumerate(methods):
+        session.progress(f"{label}: {method.name} at {method.fraction:.4f} ({number + 1} of {len(methods)})")
+        with open_cache(model, cache, method, plan) as (opened, attended_fraction):
+            loss = _continuation_loss(model, opened, continuation, one_by_one=method.is_shadowkv)
+            results.append(
+                {
+                    "method": method.name,
+                    "fraction": method.fraction,
+                    "loss": loss,
+                    "attended": attended_fraction(),
+                }
+            )
+    return results
+
+
+def _continuation_loss(
+    model: PreTrainedModel, cache: Cache, continuation: list[int], *, one_by_one: bool
+) -> float:
+    """Mean loss of each token of `continuation` but the first, given those before it.
+
+    The baselines take the block at once, each token under a mask of its own, which is the same computation
+    as token by token (a test compares the two).
+    """
+    if one_by_one:
+        logits = torch.stack([feed(model, cache, [token]) for token in continuation[:-1]])
+    else:
+        ids = torch.tensor([continuation[:-1]], device=model.device)
+        logits = model(ids, past_key_values=cache, use_cache=True).logits[0]
+    targets = torch.tensor(continuation[1:], device=logits.device)
+    return float(F.cross_entropy(logits.float(), targets))
+
+
+def summarize(results: list[dict[str, Any]], methods: list[Method]) -> list[Row]:
+    """One row per method: perplexity over all texts, and its ratio to full attention's."""
+    rows: list[Row] = []
+    full_loss = 0.0
+    for method in methods:
+        of_row = [
+            result
+            for result in results
+            if (result["method"], result["fraction"]) == (method.name, method.fraction)
+        ]
+        loss = fmean(result["loss"] for result in of_row)
+        full_loss = loss if method.name == FULL_ATTENTION else full_loss
+        rows.append(
+            {
+                "method": method.name,
+                "fraction": method.fraction,
+                "attended": fmean(result["attended"] for result in of_row),
+                "perplexity": math.exp(loss),
+                "ratio": math.exp(loss - full_loss),
+                "texts": len(of_row),
+            }
+        )
+    return rows
+
+
+TABLE = Table(
+    name="perplexity",
+    title="Perplexity of 256 decoded tokens after 4,000",
+    about="SmolLM2-135M-Instruct (real weights, fp32), teacher-forced decoding of 256 tokens after an exact prefill of "
+    "4,000 tokens of the Python language reference or of docstrings of the standard library; exp of the mean loss over "
+    "all texts. The attended share counts every token a decoded token attends to, mean over layers, KV heads and steps.",
+    configs={"cpu": Config(), "cuda": Config()},
+    quick=lambda config: replace(config, num_texts=2, decoded_tokens=64),
+    columns=(
+        Column(key="method", heading="method"),
+        Column(key="fraction", heading="budget", unit="%"),
+        Column(key="attended", heading="attended", unit="%"),
+        Column(key="perplexity", heading="perplexity", digits=3),
+        Column(key="ratio", heading="ratio to full attention", digits=4),
+        Column(key="texts", heading="texts"),
+    ),
+    targets=(
+        Target(
+            text="ShadowKV rank 64, attended fraction 1/8: perplexity relative to full attention",
+            row={"method": "ShadowKV rank 64", "fraction": 1 / 8},
+            column="ratio",
+            at_most=1.02,
+        ),
+    ),
+    run=run,
+)

@@ -1,0 +1,197 @@
+"""`ShadowKVCache`: a transformers cache whose decoding reads a small, well-chosen part of a long context."""
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from longshadow.engine.shadowkv.config import ShadowKVConfig
+from longshadow.engine.shadowkv.families import AttentionLayer, RotaryAngles, describe_attention
+from longshadow.engine.shadowkv.attention import IMPLEMENTATION, activate, deactivate
+from longshadow.engine.shadowkv.layer import CacheState, ShadowKVLayer
+from longshadow.engine.shadowkv.memory import MemoryReport, PeakMemory, report
+from longshadow.engine.shadowkv.positions import RotationSource, TokenPositions
+from longshadow.engine.shadowkv.rope import Rotation
+from longshadow.engine.shadowkv.sequence import StepCounts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """What a cache's decoding did so far.
+
+    Attributes:
+        hit_rate: share of selected chunks that were resident; 0 before any was selected.
+        attended_fraction: attended tokens (sink, outliers, selected, local, tail) over cached tokens, per
+            decoding step and KV head; 1 before any step.
+        energy_kept: for each ShadowKV layer, the share of key energy in each segment's low-rank factors, mean
+            over the batch.
+        num_tokens: tokens seen, padding included.
+    """
+
+    hit_rate: float
+    attended_fraction: float
+    energy_kept: list[list[float]]
+    num_tokens: int
+
+
+class ShadowKVCache(Cache):  # type: ignore[misc]
+    """ShadowKV (arXiv 2410.21465) for `model.generate(..., past_key_values=cache)`.
+
+    Made by `for_model`. Prompts are attended exactly; decoding attends to sink, outlier and selected chunks and
+    to recent tokens. While a cache is open the model runs longshadow's attention, which also serves calls
+    without this cache; the last cache of a model restores its own implementation on leaving.
+
+    Example:
+        with ShadowKVCache.for_model(model, ShadowKVConfig(budget_tokens=512)) as cache:
+            output = model.generate(**inputs, past_key_values=cache, max_new_tokens=100)
+            print(cache.memory(), cache.statistics())
+    """
+
+    def __init__(self, model: PreTrainedModel, config: ShadowKVConfig) -> None:
+        described, angles = describe_attention(model)
+        attention_layers = [layer for layer in described if layer is not None]
+        width = max(layer.key_width for layer in attention_layers)
+        config.prompt_rank(min(layer.key_width for layer in attention_layers))
+        self.config = config
+        self._state = CacheState(
+            config=config,
+            positions=TokenPositions(_rotation_source(attention_layers, angles)),
+            segment_tokens=config.generated_segment_tokens(width),
+            implementation=IMPLEMENTATION,
+            model_config=model.config.get_text_config(decoder=True),
+            peak=PeakMemory(self._current_memory),
+        )
+        stock = DynamicCache(config=model.config).layers
+        super().__init__(
+            layers=[
+                stock[index] if layer is None else ShadowKVLayer(self._state, layer)
+                for index, layer in enumerate(described)
+            ]
+        )
+        self._model = model
+        self._release: weakref.finalize[..., ShadowKVCache] | None = None
+        self._open()
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, config: ShadowKVConfig | None = None) -> Self:
+        """An empty cache for `model`, which runs longshadow's attention from now until `close`.
+
+        Raises ValueError for models ShadowKV does not support and for a rank out of range.
+        """
+        return cls(model, config or ShadowKVConfig())
+
+    @classmethod
+    def from_exact(cls, model: PreTrainedModel, config: ShadowKVConfig, exact: DynamicCache) -> Self:
+        """Compresses a prompt that `model` has prefilled into `exact`; no padding."""
+        cache = cls(model, config)
+        num_tokens = exact.get_seq_length()
+        for index, layer in enumerate(cache.layers):
+            if isinstance(layer, ShadowKVLayer):
+                keys, values = exact.layers[index].keys, exact.layers[index].values
+                layer.absorb(keys, values, torch.arange(num_tokens, device=keys.device).unsqueeze(0))
+            else:
+                cache.layers[index] = exact.layers[index]
+        return cache
+
+    def _open(self) -> None:
+        if self._release is None:
+            activate(self._model)
+            self._release = weakref.finalize(self, deactivate, self._model)
+
+    def close(self) -> None:
+        """Leaves: the model gets its own attention implementation back with its last cache. May be repeated."""
+        if self._release is not None:
+            self._release()
+            self._release = None
+
+    def __enter__(self) -> Self:
+        self._open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def memory(self, *, peak: bool = False) -> MemoryReport:
+        """Bytes by part and place, now or (`peak`) at the largest total so far.
+
+        The peak counts the exact keys and values of the layer that was being compressed, as "exact layer".
+        """
+        return self._state.peak.observe() if peak else self._current_memory()
+
+    def _current_memory(self) -> MemoryReport:
+        return report(self._tensors(), values_on_host=self.config.value_store == "host")
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for tensor in self._state.positions.tensors():
+            yield "rotation", tensor
+        for layer in self.layers:
+            if not isinstance(layer, ShadowKVLayer):
+                for tensor in (layer.keys, layer.values):
+                    if tensor is not None:
+                        yield "stock layers", tensor
+                continue
+            for sequence in layer.sequences:
+                for part, tensors in sequence.tensors().items():
+                    for tensor in tensors:
+                        yield part, tensor
+
+    def statistics(self) -> Statistics:
+        """What decoding did so far."""
+        layers = [layer for layer in self.layers if isinstance(layer, ShadowKVLayer)]
+        counts = self._state.counts
+        selected_chunks = counts.hits + counts.misses
+        return Statistics(
+            hit_rate=counts.hits / selected_chunks if selected_chunks else 0.0,
+            attended_fraction=counts.attended_tokens / counts.context_tokens if counts.context_tokens else 1.0,
+            energy_kept=[layer.energy_kept() for layer in layers],
+            num_tokens=self.get_seq_length(),
+        )
+
+    def reset(self) -> None:
+        """Forgets all tokens and statistics."""
+        super().reset()
+        self._state.positions.reset()
+        self._state.peak.reset()
+        self._state.counts = StepCounts()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Beam search: sequences are copied by reference, only their recent tokens in full."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps some sequences of the batch."""
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each sequence of the batch."""
+        self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def _select(self, indices: torch.Tensor) -> None:
+        sequences = indices.tolist()
+        self._state.positions.select(sequences)
+        for layer in self.layers:
+            if isinstance(layer, ShadowKVLayer):
+                layer.select(sequences)
+            else:
+                layer.reorder_cache(indices)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held."""
+        return next(len(layer.sequences) for layer in self.layers if isinstance(layer, ShadowKVLayer))
+
+
+def _rotation_source(layers: list[AttentionLayer], angles: RotaryAngles) -> RotationSource:
+    layouts = {layer.layer_type: layer.layout for layer in layers if layer.layout is not None}
+
+    def rotation(layer_type: str, position_ids: torch.Tensor) -> Rotation:
+        return angles.rotation(layer_type, position_ids, layouts[layer_type])
+
+    return rotation

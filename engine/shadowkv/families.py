@@ -1,0 +1,166 @@
+"""What a model's attention layers do to their keys, found out by running them rather than by name.
+
+Every attention module is run once on a few random hidden states, up to the point where it hands its keys to
+the cache: once with the identity in place of RoPE and once with the model's own angles. The layout that
+turns the first keys into the second is the layer's own.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, get_layer_types_and_kwargs
+
+from longshadow.engine.shadowkv.rope import RotaryLayout, Rotation, rotate
+
+FULL_ATTENTION = "full_attention"
+STOCK_LAYER_TYPES = ("sliding_attention",)
+PROBE_POSITIONS = (0, 1, 5, 11, 30)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AttentionLayer:
+    """A full-attention layer of a model.
+
+    Attributes:
+        module: the attention module.
+        layer_type: transformers' name for the kind of layer.
+        layout: how its keys are rotated, None without RoPE (NoPE layers).
+        key_width: KV heads x head_dim.
+    """
+
+    module: nn.Module
+    layer_type: str
+    layout: RotaryLayout | None
+    key_width: int
+
+
+class RotaryAngles:
+    """The model's own rotary module as a function of positions; it knows dynamic and scaled RoPE."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        modules = [module for name, module in model.named_modules() if name.split(".")[-1] == "rotary_emb"]
+        self._module: nn.Module | None = modules[0] if modules else None
+        self._by_type = self._module is not None and "layer_type" in inspect.signature(self._module.forward).parameters
+        self._dtype = model.dtype
+
+    def cos_sin(self, layer_type: str, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [B, T, .] as the model's layers get them, for positions [B, T]."""
+        if self._module is None:
+            raise ValueError("ShadowKV needs the model's rotary_emb module, and this model has none")
+        like = torch.empty(0, dtype=self._dtype, device=position_ids.device)
+        arguments = (layer_type,) if self._by_type else ()
+        cos, sin = self._module(like, position_ids, *arguments)
+        return cos, sin
+
+    def rotation(self, layer_type: str, position_ids: torch.Tensor, layout: RotaryLayout) -> Rotation:
+        """One cos and sin per rotated pair [B, T, P]."""
+        cos, sin = self.cos_sin(layer_type, position_ids)
+        return Rotation(_per_pair(cos, layout), _per_pair(sin, layout))
+
+
+def _per_pair(angles: torch.Tensor, layout: RotaryLayout) -> torch.Tensor:
+    """Drops the second copy of each pair's entry, where a family keeps two, side by side or by halves."""
+    num_pairs = layout.rotary_dim // 2
+    if angles.shape[-1] == num_pairs:
+        return angles
+    by_halves = torch.equal(angles[..., :num_pairs], angles[..., num_pairs:])
+    return angles[..., :num_pairs] if by_halves else angles[..., 0::2]
+
+
+def describe_attention(model: PreTrainedModel) -> tuple[list[AttentionLayer | None], RotaryAngles]:
+    """The full-attention layers by layer index, None where transformers' own cache layer serves.
+
+    Raises ValueError with the reason for models that ShadowKV does not support.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        _refuse(model, "it is an encoder-decoder")
+    if getattr(config, "kv_lora_rank", None):
+        _refuse(model, "it caches latent vectors (multi-head latent attention), not keys")
+    layer_types, _ = get_layer_types_and_kwargs(config)
+    for layer_type in layer_types:
+        if layer_type not in (FULL_ATTENTION, *STOCK_LAYER_TYPES):
+            _refuse(model, f"it has layers of type {layer_type!r}")
+    modules = _attention_modules(model)
+    angles = RotaryAngles(model)
+    layers: list[AttentionLayer | None] = []
+    for index, layer_type in enumerate(layer_types):
+        if layer_type != FULL_ATTENTION:
+            layers.append(None)
+            continue
+        if index not in modules:
+            _refuse(model, f"no attention module with position_embeddings was found for layer {index}")
+        layout, key_width = _probe(modules[index], layer_type, angles, config.hidden_size)
+        layers.append(
+            AttentionLayer(module=modules[index], layer_type=layer_type, layout=layout, key_width=key_width)
+        )
+    if not any(layers):
+        _refuse(model, "it has no full-attention layer, so there is nothing to compress")
+    return layers, angles
+
+
+def _refuse(model: PreTrainedModel, reason: str) -> NoReturn:
+    raise ValueError(f"ShadowKV does not support {type(model).__name__}: {reason}")
+
+
+def _attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    return {
+        module.layer_idx: module
+        for module in model.modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+        and "position_embeddings" in inspect.signature(module.forward).parameters
+        and "past_key_values" in inspect.signature(module.forward).parameters
+        and hasattr(module, "scaling")
+    }
+
+
+class _KeysReached(Exception):
+    def __init__(self, keys: torch.Tensor) -> None:
+        self.keys = keys
+
+
+class _KeyProbe(DynamicCache):
+    def update(self, key_states: torch.Tensor, *_: Any, **__: Any) -> NoReturn:
+        raise _KeysReached(key_states)
+
+
+def _keys_of(module: nn.Module, hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    try:
+        with torch.no_grad():
+            module(
+                hidden_states=hidden, position_embeddings=angles, attention_mask=None, past_key_values=_KeyProbe()
+            )
+    except _KeysReached as reached:
+        return reached.keys
+    raise ValueError(f"ShadowKV does not support {type(module).__name__}: it does not hand its keys to the cache")
+
+
+def _probe(
+    module: nn.Module, layer_type: str, angles: RotaryAngles, hidden_size: int
+) -> tuple[RotaryLayout | None, int]:
+    """The layer's rotary layout and key width."""
+    weight = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
+    device = torch.device("cpu") if weight.device.type == "meta" else weight.device
+    position_ids = torch.tensor([PROBE_POSITIONS], device=device)
+    cos, sin = angles.cos_sin(layer_type, position_ids)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, len(PROBE_POSITIONS), hidden_size, generator=generator).to(cos)
+    plain = _keys_of(module, hidden, (torch.ones_like(cos), torch.zeros_like(sin))).float()
+    rotated = _keys_of(module, hidden, (cos, sin)).float()
+    key_width = plain.shape[1] * plain.shape[3]
+    tolerance = 0.02 * float(rotated.norm())  # layouts that differ are off by a large part of the norm
+    if float((rotated - plain).norm()) <= tolerance:
+        return None, key_width
+    for rotary_dim in {cos.shape[-1], 2 * cos.shape[-1]}:
+        for style in ("half", "interleaved"):
+            if rotary_dim > plain.shape[3]:
+                continue
+            layout = RotaryLayout(style=style, rotary_dim=rotary_dim)
+            rotation = Rotation(_per_pair(cos[0], layout), _per_pair(sin[0], layout))
+            if float((rotate(plain, rotation, layout) - rotated).norm()) <= tolerance:
+                return layout, key_width
+    raise ValueError(f"ShadowKV does not support {type(module).__name__}: its rotary embedding is of an unknown form")

@@ -1,0 +1,152 @@
+"""The tokens of each sequence in a batch: which are real, and the rotation each was given.
+
+Shared by the layers of a cache, so that masks are read and angles computed once per forward.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from longshadow.engine.shadowkv.rope import Rotation
+
+Rows = list[slice | torch.Tensor]
+EVERY_TOKEN = slice(None)
+RotationSource = Callable[[str, torch.Tensor], Rotation]
+
+
+class _RotationLog:
+    """cos and sin of the tokens of one sequence that are not in a segment yet."""
+
+    def __init__(self) -> None:
+        self._first = 0
+        self._pieces: list[Rotation] = []
+        self._tables: dict[tuple[int, int], Rotation] = {}
+
+    def append(self, piece: Rotation) -> None:
+        if self._tables:
+            self._forget(max(stop for _, stop in self._tables))
+            self._tables.clear()
+        self._pieces.append(piece)
+
+    def table(self, start: int, stop: int) -> Rotation:
+        """Rotation of tokens start .. stop; the same object for every layer of a forward."""
+        if (start, stop) not in self._tables:
+            joined = self._joined()
+            tokens = slice(start - self._first, stop - self._first)
+            self._tables[start, stop] = Rotation(joined.cos[tokens].clone(), joined.sin[tokens].clone())
+        return self._tables[start, stop]
+
+    def copy(self) -> "_RotationLog":
+        copied = _RotationLog()
+        copied._first, copied._pieces, copied._tables = self._first, [*self._pieces], dict(self._tables)
+        return copied
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [tensor for piece in self._pieces for tensor in (piece.cos, piece.sin)]
+
+    def _joined(self) -> Rotation:
+        if len(self._pieces) > 1:
+            cos = torch.cat([piece.cos for piece in self._pieces])
+            self._pieces = [Rotation(cos, torch.cat([piece.sin for piece in self._pieces]))]
+        return self._pieces[0]
+
+    def _forget(self, before: int) -> None:
+        rest = self._joined()[slice(before - self._first, None)]
+        self._pieces = [Rotation(rest.cos.clone(), rest.sin.clone())]
+        self._first = before
+
+
+class TokenPositions:
+    """Follows the forwards of one cache; every layer reports to it, the first one of a forward does the work."""
+
+    def __init__(self, rotation_of: RotationSource) -> None:
+        """`rotation_of(layer_type, position_ids [B, T])` gives cos and sin [B, T, P]."""
+        self._rotation_of = rotation_of
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._num_seen = 0
+        self._num_new = 0
+        self._num_real: list[int] = []
+        self._rows: Rows = []
+        self._logs: dict[str, list[_RotationLog]] = {}
+        self._logged: set[str] = set()
+
+    def begin(self, num_seen: int, batch_size: int, num_new: int, mask: torch.Tensor | None) -> Rows:
+        """A layer that has seen `num_seen` tokens, padding included, gets `num_new` more.
+
+        `mask` [B, seen + new] marks real tokens (None: all are). Returns for each sequence which of the new
+        tokens are real. Raises RuntimeError if the layers of the cache have seen different tokens.
+        """
+        if (num_seen, num_new) == (self._num_seen, self._num_new):
+            return self._rows
+        if num_seen != self._num_seen + self._num_new:
+            raise RuntimeError(
+                "the cache's layers hold different tokens, as after an interrupted forward: call cache.reset()"
+            )
+        if self._num_real and len(self._num_real) != batch_size:
+            raise ValueError(f"the cache holds {len(self._num_real)} sequences, the batch has {batch_size}")
+        rows = self._real_tokens(batch_size, num_new, mask)
+        old = self._num_real or [0] * batch_size
+        self._num_seen, self._num_new, self._rows = num_seen, num_new, rows
+        self._num_real = [count + _count(row, num_new) for count, row in zip(old, rows, strict=True)]
+        self._logged.clear()
+        return rows
+
+    def _real_tokens(self, batch_size: int, num_new: int, mask: torch.Tensor | None) -> Rows:
+        if mask is None:
+            # The mask is also dropped when all its entries are 1, so it says something about earlier tokens.
+            self._check_history([self._num_seen + self._num_new] * batch_size, num_new)
+            return [EVERY_TOKEN] * batch_size
+        mask = mask.bool()
+        if num_new > 1:
+            self._check_history(mask[:, :-num_new].sum(1).tolist(), num_new)
+        rows: Rows = []
+        for row in mask[:, -num_new:]:
+            real = row.nonzero().squeeze(1)
+            first, count = int(real[0]) if len(real) else 0, len(real)
+            contiguous = count == 0 or int(real[-1]) - first == count - 1
+            whole = count == num_new
+            rows.append(EVERY_TOKEN if whole else slice(first, first + count) if contiguous else real)
+        return rows
+
+    def _check_history(self, visible: list[int], num_new: int) -> None:
+        if self._num_real and num_new > 1 and visible != self._num_real:
+            raise ValueError(
+                f"the attention mask shows {visible} earlier tokens per sequence, but {self._num_real} were cached: "
+                "pass the mask of the earlier turns, unchanged, before the new tokens' mask"
+            )
+
+    def log_rotation(self, layer_type: str, position_ids: torch.Tensor) -> None:
+        """Notes the new tokens' rotation for a type of layer, once per forward. position_ids: [B or 1, T]."""
+        if layer_type in self._logged:
+            return
+        self._logged.add(layer_type)
+        rotation = self._rotation_of(layer_type, position_ids)
+        logs = self._logs.setdefault(layer_type, [_RotationLog() for _ in self._rows])
+        for index, (log, row) in enumerate(zip(logs, self._rows, strict=True)):
+            source = min(index, rotation.cos.shape[0] - 1)
+            log.append(Rotation(rotation.cos[source][row], rotation.sin[source][row]))
+
+    def rotation(self, layer_type: str, sequence: int, start: int, stop: int, device: torch.device) -> Rotation:
+        """Rotation of the real tokens start .. stop of a sequence."""
+        return self._logs[layer_type][sequence].table(start, stop).to(device)
+
+    def select(self, sequences: list[int]) -> None:
+        """Keeps these sequences, in this order; one may be named several times."""
+        self._rows = [self._rows[index] for index in sequences]
+        self._num_real = [self._num_real[index] for index in sequences]
+        self._logs = {
+            layer_type: [logs[index].copy() for index in sequences] for layer_type, logs in self._logs.items()
+        }
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that is held in memory."""
+        return [tensor for logs in self._logs.values() for log in logs for tensor in log.tensors()]
+
+
+def _count(row: slice | torch.Tensor, num_new: int) -> int:
+    if isinstance(row, slice):
+        return len(range(*row.indices(num_new)))
+    return len(row)

@@ -1,0 +1,227 @@
+"""An immutable compressed piece of a sequence: keys as low-rank factors, landmarks, exact chunks, values.
+
+Legend: H KV heads, n tokens, c chunk size, C = n / c chunks, D head_dim of keys, W = H x D, r rank,
+p exact chunks per head, k chunks asked for per head. Values may have another head_dim than keys.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from longshadow.engine.shadowkv.basis import GramAccumulator
+from longshadow.engine.shadowkv.config import ShadowKVConfig
+from longshadow.engine.shadowkv.landmarks import choose_exact_chunks, summarize_chunks
+from longshadow.engine.shadowkv.rope import RotaryLayout, Rotation, rotate, unrotate
+from longshadow.engine.shadowkv.storage import RowStore
+
+FACTORISATION_BLOCK = 4096
+
+
+class KeySource(Protocol):
+    """Post-RoPE keys of a segment's chunks."""
+
+    def gather(self, chunks_Hk: torch.Tensor) -> torch.Tensor:
+        """Keys of each head's own chunks, [H, k, c, D]."""
+
+    def span(self, start: int, stop: int) -> torch.Tensor:
+        """Keys of chunks start .. stop of every head, [H, stop - start, c, D]."""
+
+    def tensors(self) -> dict[str, list[torch.Tensor]]:
+        """What is held in memory, by part."""
+
+
+class LowRankKeys:
+    """key = RoPE(coefficients @ basis + mean): one coefficient row per token, one basis per head."""
+
+    def __init__(
+        self,
+        keys_HnD: torch.Tensor,
+        rotation: Rotation | None,
+        layout: RotaryLayout | None,
+        config: ShadowKVConfig,
+        *,
+        rank: int | None,
+    ) -> None:
+        """Factorises keys whose `rotation` is undone first (None: a layer without RoPE).
+
+        Works block by block: beside the keys themselves it needs one block of un-rotated keys.
+        """
+        num_heads, num_tokens, head_dim = keys_HnD.shape
+        self._rotation, self._layout = rotation, layout
+        self._num_heads, self._chunk_size = num_heads, config.chunk_size
+        blocks = [
+            slice(start, start + FACTORISATION_BLOCK) for start in range(0, num_tokens, FACTORISATION_BLOCK)
+        ]
+
+        def joint_keys(block: slice) -> torch.Tensor:
+            keys = keys_HnD[:, block]
+            if rotation is not None and layout is not None:
+                keys = unrotate(keys, rotation[block], layout)
+            keys = keys if keys.dtype == torch.float64 else keys.float()
+            return keys.transpose(0, 1).flatten(1)
+
+        gram = GramAccumulator(num_heads * head_dim, keys_HnD.device)
+        for block in blocks:
+            gram.add(joint_keys(block))
+        compute_dtype = torch.float64 if keys_HnD.dtype == torch.float64 else torch.float32
+        basis = gram.solve(
+            rank=rank, rank_energy=config.rank_energy, center=config.center_keys, dtype=compute_dtype
+        )
+        self.energy_kept = basis.energy_kept
+        self.rank = basis.rows.shape[0]
+        dtype = keys_HnD.dtype
+        coefficients = torch.cat([basis.coefficients(joint_keys(block)).to(dtype) for block in blocks])
+        self._coefficients = RowStore(
+            coefficients.unflatten(0, (-1, config.chunk_size)), int8=config.factor_dtype == "int8"
+        )
+        self._basis_HrD = basis.rows.unflatten(1, (num_heads, head_dim)).transpose(0, 1).to(dtype).contiguous()
+        self._mean_H1D = basis.mean.view(num_heads, 1, head_dim).to(dtype)
+
+    def gather(self, chunks_Hk: torch.Tensor) -> torch.Tensor:
+        """Rebuilds the keys of each head's own chunks, [H, k, c, D]."""
+        num_heads, num_chunks = chunks_Hk.shape
+        rows = self._coefficients.gather(chunks_Hk.flatten()).view(num_heads, num_chunks * self._chunk_size, -1)
+        if self._rotation is None:
+            return self._rebuild(rows, None)
+        tokens = chunks_Hk.unsqueeze(-1) * self._chunk_size + torch.arange(self._chunk_size, device=chunks_Hk.device)
+        tokens = tokens.flatten()
+        picked = Rotation(self._rotation.cos.index_select(0, tokens), self._rotation.sin.index_select(0, tokens))
+        shape = (num_heads, num_chunks * self._chunk_size, -1)
+        return self._rebuild(rows, Rotation(picked.cos.view(shape), picked.sin.view(shape)))
+
+    def span(self, start: int, stop: int) -> torch.Tensor:
+        """Rebuilds the keys of chunks start .. stop of every head, [H, stop - start, c, D]."""
+        rows = self._coefficients.slice(start, stop).flatten(0, 1).expand(self._num_heads, -1, -1)
+        tokens = slice(start * self._chunk_size, stop * self._chunk_size)
+        return self._rebuild(rows, None if self._rotation is None else self._rotation[tokens])
+
+    def _rebuild(self, rows_Hnr: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
+        keys = torch.baddbmm(self._mean_H1D, rows_Hnr, self._basis_HrD)
+        if rotation is not None and self._layout is not None:
+            keys = rotate(keys, rotation, self._layout).to(keys.dtype)
+        return keys.unflatten(1, (-1, self._chunk_size))
+
+    def tensors(self) -> dict[str, list[torch.Tensor]]:
+        """What is held in memory, by part; the rotation is shared by the layers of a sequence."""
+        parts = {"factors": self._coefficients.tensors, "basis": [self._basis_HrD, self._mean_H1D]}
+        if self._rotation is not None:
+            parts["rotation"] = [self._rotation.cos, self._rotation.sin]
+        return parts
+
+
+class StoredChunks:
+    """Per-token vectors [H, n, D] kept as they are, in chunks, for exact keys and for values."""
+
+    def __init__(self, tokens_HnD: torch.Tensor, config: ShadowKVConfig, *, part: str) -> None:
+        self._part = part
+        self._num_heads = tokens_HnD.shape[0]
+        self._num_chunks = tokens_HnD.shape[1] // config.chunk_size
+        self._rows = RowStore(
+            tokens_HnD.unflatten(1, (-1, config.chunk_size)).flatten(0, 1),
+            int8=config.value_dtype == "int8",
+            host=config.value_store == "host",
+        )
+
+    def gather(self, chunks_Hk: torch.Tensor) -> torch.Tensor:
+        """The vectors of each head's own chunks, [H, k, c, D]."""
+        heads = torch.arange(self._num_heads, device=chunks_Hk.device).unsqueeze(1)
+        return self._rows.gather((heads * self._num_chunks + chunks_Hk).flatten()).unflatten(0, chunks_Hk.shape)
+
+    def span(self, start: int, stop: int) -> torch.Tensor:
+        """The vectors of chunks start .. stop of every head, [H, stop - start, c, D]."""
+        return torch.stack(
+            [
+                self._rows.slice(head * self._num_chunks + start, head * self._num_chunks + stop)
+                for head in range(self._num_heads)
+            ]
+        )
+
+    def tensors(self) -> dict[str, list[torch.Tensor]]:
+        """What is held in memory, by part."""
+        return {self._part: self._rows.tensors}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Segment:
+    """`num_tokens` consecutive tokens of one sequence in one layer. Immutable: shared, never copied.
+
+    Attributes:
+        keys, values: sources of post-RoPE keys and of values, by chunk.
+        landmarks: mean post-RoPE key per chunk, rows = heads, groups = chunks.
+        exact_chunks: [H, p] ascending ids of sink and outlier chunks, excluded from selection.
+        exact_keys, exact_values: their tokens, [H, p c, D], on the device.
+        energy_kept: share of the keys' energy in the low-rank factors (1 for exact keys).
+    """
+
+    num_tokens: int
+    chunk_size: int
+    keys: KeySource
+    values: StoredChunks
+    landmarks: RowStore
+    exact_chunks: torch.Tensor
+    exact_keys: torch.Tensor
+    exact_values: torch.Tensor
+    energy_kept: float
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks, exact ones included."""
+        return self.num_tokens // self.chunk_size
+
+    def span(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of chunks start .. stop, [H, (stop - start) c, D], exact where the segment is."""
+        keys = self.keys.span(start, stop)
+        inside = (self.exact_chunks >= start) & (self.exact_chunks < stop)
+        heads, places = inside.nonzero(as_tuple=True)
+        exact = self.exact_keys.unflatten(1, (-1, self.chunk_size))
+        keys[heads, self.exact_chunks[heads, places] - start] = exact[heads, places]
+        return keys.flatten(1, 2), self.values.span(start, stop).flatten(1, 2)
+
+    def tensors(self) -> dict[str, list[torch.Tensor]]:
+        """What is held in memory, by part."""
+        return {
+            **self.keys.tensors(),
+            **self.values.tensors(),
+            "landmarks": self.landmarks.tensors,
+            "exact chunks": [self.exact_chunks, self.exact_keys, self.exact_values],
+        }
+
+
+def compress(
+    keys_HnD: torch.Tensor,
+    values_HnD: torch.Tensor,
+    rotation: Rotation | None,
+    layout: RotaryLayout | None,
+    config: ShadowKVConfig,
+    *,
+    rank: int | None,
+    num_sink_chunks: int,
+    num_outlier_chunks: int,
+) -> Segment:
+    """Compresses exact post-RoPE keys and values of n tokens (a multiple of the chunk size).
+
+    `rotation` holds the cos and sin the keys were rotated with, `rank` None means `config.rank_energy`.
+    """
+    landmarks, min_cosine = summarize_chunks(keys_HnD, config.chunk_size)
+    exact_chunks = choose_exact_chunks(min_cosine, num_sink_chunks, num_outlier_chunks)
+    values = StoredChunks(values_HnD, config, part="values")
+    keys: KeySource
+    energy_kept = 1.0
+    if config.key_store == "exact":
+        keys = StoredChunks(keys_HnD, config, part="keys")
+    else:
+        keys = LowRankKeys(keys_HnD, rotation, layout, config, rank=rank)
+        energy_kept = keys.energy_kept
+    heads = torch.arange(keys_HnD.shape[0], device=keys_HnD.device).unsqueeze(1)
+    return Segment(
+        num_tokens=keys_HnD.shape[1],
+        chunk_size=config.chunk_size,
+        keys=keys,
+        values=values,
+        landmarks=RowStore(landmarks.to(keys_HnD.dtype), int8=config.factor_dtype == "int8"),
+        exact_chunks=exact_chunks,
+        exact_keys=keys_HnD.unflatten(1, (-1, config.chunk_size))[heads, exact_chunks].flatten(1, 2),
+        exact_values=values_HnD.unflatten(1, (-1, config.chunk_size))[heads, exact_chunks].flatten(1, 2),
+        energy_kept=energy_kept,
+    )

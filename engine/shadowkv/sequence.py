@@ -1,0 +1,213 @@
+"""One sequence in one layer: immutable segments, then a private tail of exact recent tokens.
+
+Legend: Hq query heads, H KV heads, G = Hq / H, T tokens of a prompt, D head_dim.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from longshadow.engine.shadowkv.config import MINIMUM_SEGMENT_TOKENS, ShadowKVConfig
+from longshadow.engine.shadowkv.exact import AttentionParameters, attend_causal, attend_parts, attend_streamed
+from longshadow.engine.shadowkv.resident import ResidentChunks
+from longshadow.engine.shadowkv.rope import RotaryLayout, Rotation
+from longshadow.engine.shadowkv.segment import Segment, compress
+from longshadow.engine.shadowkv.selection import gather_chunks, score_chunks, select_chunks
+from longshadow.engine.shadowkv.storage import ExactTokens
+
+HISTORY_BLOCK_TOKENS = 4096
+RotationTable = Callable[[int, int], Rotation | None]
+
+
+@dataclass(kw_only=True)
+class StepCounts:
+    """What decoding steps did, summed over steps, layers and sequences: tokens per KV head, chunks of all heads."""
+
+    attended_tokens: int = 0
+    context_tokens: int = 0
+    hits: int = 0
+    misses: int = 0
+
+
+@dataclass(eq=False, kw_only=True)
+class Sequence:
+    """The cached tokens of one sequence in one layer.
+
+    Attributes:
+        segment_tokens: generated tokens that are compressed together.
+        layout: rotary layout of the layer, None without RoPE.
+        segments: compressed tokens, oldest first; shared between sequences, never changed.
+        tail: exact tokens after the last segment.
+        parked: exact tokens of a prompt whose last chunk has not come yet, in the value store.
+        device: where parked tokens are computed with.
+    """
+
+    config: ShadowKVConfig
+    layout: RotaryLayout | None
+    segment_tokens: int
+    segments: list[Segment] = field(default_factory=list)
+    tail: ExactTokens = field(default_factory=ExactTokens)
+    parked: ExactTokens | None = None
+    device: torch.device | None = None
+    resident: ResidentChunks = field(default_factory=ResidentChunks)
+    counts: StepCounts = field(default_factory=StepCounts)
+
+    @property
+    def num_compressed(self) -> int:
+        """Tokens in segments."""
+        return sum(segment.num_tokens for segment in self.segments)
+
+    @property
+    def num_tokens(self) -> int:
+        """All cached tokens."""
+        return self.num_compressed + self.tail.num_tokens + (self.parked.num_tokens if self.parked else 0)
+
+    def attend_prompt(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, parameters: AttentionParameters
+    ) -> torch.Tensor:
+        """Exact attention of a prompt's tokens over the whole history and causally over themselves.
+
+        query [Hq, T, D], keys and values [H, T, D], not cached yet. Returns [Hq, T, D].
+        """
+        if self.num_tokens == 0:
+            return attend_causal(query, keys, values, parameters)
+        return attend_streamed(query, self._history(), (keys, values), parameters)
+
+    def _history(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """All cached keys and values, in blocks [H, n, D], on the compute device."""
+        block = max(1, HISTORY_BLOCK_TOKENS // self.config.chunk_size)
+        for segment in self.segments:
+            for start in range(0, segment.num_chunks, block):
+                yield segment.span(start, min(start + block, segment.num_chunks))
+        if self.tail.num_tokens:
+            yield self.tail.keys, self.tail.values
+        if self.parked is not None:
+            for start in range(0, self.parked.num_tokens, HISTORY_BLOCK_TOKENS):
+                tokens = slice(start, start + HISTORY_BLOCK_TOKENS)
+                yield self.parked.keys[:, tokens].to(self.device), self.parked.values[:, tokens].to(self.device)
+
+    def park(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keeps a chunk of an unfinished prompt exactly, in the value store."""
+        if self.parked is None:
+            self.device = keys.device
+            self.parked = ExactTokens(device=torch.device("cpu") if self.config.value_store == "host" else None)
+        self.parked.append(keys, values)
+
+    def finish_prompt(self, keys: torch.Tensor, values: torch.Tensor, rotations: RotationTable) -> None:
+        """Caches the last tokens of a prompt (maybe none) and compresses what has become old."""
+        pieces = [(self.tail.keys, self.tail.values)] if self.tail.num_tokens else []
+        num_prompt = keys.shape[1]
+        if self.parked is not None:
+            num_prompt += self.parked.num_tokens
+            pieces.append((self.parked.keys.to(self.device), self.parked.values.to(self.device)))
+            self.parked = None
+        pieces.append((keys, values))
+        if len(pieces) > 1:
+            keys = torch.cat([piece[0] for piece in pieces], 1)
+            values = torch.cat([piece[1] for piece in pieces], 1)
+        self.tail = ExactTokens()
+        num_old = self._num_compressible(keys.shape[1], long_prompt=num_prompt >= MINIMUM_SEGMENT_TOKENS)
+        if num_old:
+            self._compress(keys[:, :num_old], values[:, :num_old], rotations)
+        self.tail.append(keys[:, num_old:], values[:, num_old:])
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, rotations: RotationTable) -> None:
+        """Caches generated tokens [H, n, D]; compresses the older part of a tail that has become long."""
+        self.tail.append(keys, values)
+        num_old = self._num_compressible(self.tail.num_tokens, long_prompt=False)
+        if num_old:
+            self._compress(*self.tail.take_front(num_old), rotations)
+
+    def _num_compressible(self, num_recent: int, *, long_prompt: bool) -> int:
+        """How many of the tokens after the last segment should become one now: 0 or a multiple of the chunk."""
+        if self.config.runs_dense(self.num_compressed + num_recent):
+            return 0
+        old = num_recent - self.config.local_tokens
+        old -= old % self.config.chunk_size
+        if not self.segments or long_prompt:
+            return max(0, old)
+        return self.segment_tokens if old >= self.segment_tokens else 0
+
+    def _compress(self, keys: torch.Tensor, values: torch.Tensor, rotations: RotationTable) -> None:
+        config, start, num_tokens = self.config, self.num_compressed, keys.shape[1]
+        width = keys.shape[0] * keys.shape[2]
+        num_outliers = config.num_outlier_chunks
+        rank = None if config.rank_energy is not None else config.prompt_rank(width)
+        if self.segments:
+            num_outliers = round(num_outliers * num_tokens / self.segments[0].num_tokens)
+            if rank is not None and num_tokens == self.segment_tokens:
+                rank = config.generated_rank(width, num_tokens)
+        self.segments = [
+            *self.segments,
+            compress(
+                keys,
+                values,
+                rotations(start, start + num_tokens) if config.key_store == "low_rank" else None,
+                self.layout,
+                config,
+                rank=rank,
+                num_sink_chunks=0 if self.segments else config.num_sink_chunks,
+                num_outlier_chunks=min(num_outliers, num_tokens // config.chunk_size),
+            ),
+        ]
+
+    def attend_token(self, query: torch.Tensor, parameters: AttentionParameters) -> torch.Tensor:
+        """Sparse attention of the newest cached token, query [Hq, D], over its history and itself: [Hq, D].
+
+        Sink and outlier chunks, the selected chunks of every KV head, and the tail, exactly softmaxed together.
+        """
+        parts = [(segment.exact_keys, segment.exact_values) for segment in self.segments]
+        grouped = query.view(self.tail.keys.shape[0], -1, query.shape[1])
+        parts += self._selected_parts(grouped, parameters)
+        parts.append((self.tail.keys, self.tail.values))
+        self.counts.attended_tokens += sum(keys.shape[1] for keys, _ in parts)
+        self.counts.context_tokens += self.num_tokens
+        return attend_parts(grouped, parts, parameters).flatten(0, 1)
+
+    def _selected_parts(
+        self, query_HGD: torch.Tensor, parameters: AttentionParameters
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        num_candidates = sum(segment.num_chunks - segment.exact_chunks.shape[1] for segment in self.segments)
+        num_selected = min(self.config.num_selected_chunks(self.num_tokens), num_candidates)
+        if num_selected == 0:
+            return []
+        scores = score_chunks(query_HGD, self.segments, parameters.scaling, parameters.softcap)
+        selected = select_chunks(scores, num_selected)
+        if self.config.resident_factor == 0:
+            keys, values = gather_chunks(self.segments, selected)
+            num_misses = selected.numel()
+        else:
+            num_slots = min(round(self.config.resident_factor * num_selected), num_candidates)
+            keys, values, num_misses = self.resident.fetch(
+                selected, num_slots, lambda chunks: gather_chunks(self.segments, chunks)
+            )
+        self.counts.misses += num_misses
+        self.counts.hits += selected.numel() - num_misses
+        return [(keys.flatten(1, 2), values.flatten(1, 2))]
+
+    def copy(self) -> "Sequence":
+        """A sequence that goes on independently and shares the segments."""
+        return Sequence(
+            config=self.config,
+            layout=self.layout,
+            segment_tokens=self.segment_tokens,
+            segments=list(self.segments),
+            tail=self.tail.copy(),
+            parked=None if self.parked is None else self.parked.copy(),
+            device=self.device,
+            resident=self.resident.copy(),
+            counts=self.counts,
+        )
+
+    def tensors(self) -> dict[str, list[torch.Tensor]]:
+        """What is held in memory, by part."""
+        parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+        for segment in self.segments:
+            for part, tensors in segment.tensors().items():
+                parts[part] += tensors
+        parts["tail"] += self.tail.tensors
+        parts["parked"] += self.parked.tensors if self.parked is not None else []
+        parts["resident"] += self.resident.tensors
+        return parts

@@ -1,0 +1,136 @@
+"""Where cached tensors live: packed rows on the device or in host memory, and a growing buffer of exact tokens.
+
+Legend: R rows, g groups of a row that share a scale, w elements of a group, H KV heads, n tokens, D head_dim.
+"""
+
+import logging
+import weakref
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+MINIMUM_GROWTH = 64
+
+
+class RowStore:
+    """An immutable table of rows [R, g, w], gathered by index; int8 rows carry an fp32 scale per group.
+
+    int8: x ~ q * scale with scale = max |x| / 127 over the group (symmetric, round to nearest).
+    """
+
+    def __init__(self, rows_Rgw: torch.Tensor, *, int8: bool = False, host: bool = False) -> None:
+        """Copies `rows_Rgw`; `host` puts them into main memory, pinned when the source is on a GPU."""
+        self.device = rows_Rgw.device
+        self.dtype = rows_Rgw.dtype
+        self._scales_Rg: torch.Tensor | None = None
+        if int8:
+            scales = rows_Rgw.float().abs().amax(-1).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
+            rows_Rgw = (rows_Rgw.float() / scales.unsqueeze(-1)).round_().to(torch.int8)
+            self._scales_Rg = self._place(scales, host)
+        self._rows_Rgw = self._place(rows_Rgw, host)
+
+    def _place(self, source: torch.Tensor, host: bool) -> torch.Tensor:
+        if not host or source.device.type == "cpu":
+            return source.clone(memory_format=torch.contiguous_format)
+        target = torch.empty(source.shape, dtype=source.dtype)
+        if source.device.type == "cuda":
+            _pin(self, target)
+        return target.copy_(source)
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows by index [m] -> [m, g, w], in the source's dtype and on its device."""
+        rows = rows.to(self._rows_Rgw.device)
+        scales = None if self._scales_Rg is None else self._scales_Rg.index_select(0, rows)
+        return self._unpack(self._rows_Rgw.index_select(0, rows), scales)
+
+    def slice(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start .. stop of every leading block: the store as [stop - start, g, w]."""
+        scales = None if self._scales_Rg is None else self._scales_Rg[start:stop]
+        return self._unpack(self._rows_Rgw[start:stop], scales)
+
+    def _unpack(self, rows: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+        rows = rows.to(self.device, non_blocking=True)
+        if scales is None:
+            return rows
+        return (rows.to(torch.float32) * scales.to(self.device, non_blocking=True).unsqueeze(-1)).to(self.dtype)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that is held in memory."""
+        return [self._rows_Rgw] if self._scales_Rg is None else [self._rows_Rgw, self._scales_Rg]
+
+
+def _pin(owner: object, tensor: torch.Tensor) -> None:
+    """Page-locks exactly `tensor` for as long as `owner` lives.
+
+    torch's own pinned allocator rounds sizes up to a power of two, which can cost as much memory again.
+    """
+    cudart = torch.cuda.cudart()
+    if int(cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) == 0:
+        # The default argument keeps the memory alive until it has been unregistered.
+        weakref.finalize(owner, lambda kept=tensor: cudart.cudaHostUnregister(kept.data_ptr()))
+    else:
+        logger.warning("host memory could not be pinned (%d bytes); transfers will be slower", tensor.nbytes)
+
+
+class ExactTokens:
+    """Exact keys and values of consecutive tokens of one sequence, [H, n, D] each, in a buffer that grows."""
+
+    def __init__(self, *, device: torch.device | None = None) -> None:
+        """`device`: where to hold them; None = where the first ones come from."""
+        self.num_tokens = 0
+        self._device = device
+        self._keys: torch.Tensor | None = None
+        self._values: torch.Tensor | None = None
+
+    def append(self, keys_HnD: torch.Tensor, values_HnD: torch.Tensor) -> None:
+        """Adds tokens at the end; amortised constant cost per token."""
+        stop = self.num_tokens + keys_HnD.shape[1]
+        self._keys = self._grown(self._keys, keys_HnD, stop)
+        self._values = self._grown(self._values, values_HnD, stop)
+        self._keys[:, self.num_tokens : stop] = keys_HnD
+        self._values[:, self.num_tokens : stop] = values_HnD
+        self.num_tokens = stop
+
+    def _grown(self, buffer: torch.Tensor | None, like: torch.Tensor, needed: int) -> torch.Tensor:
+        if buffer is not None and buffer.shape[1] >= needed:
+            return buffer
+        capacity = needed + max(MINIMUM_GROWTH, self.num_tokens // 4)
+        grown = torch.empty(
+            like.shape[0], capacity, like.shape[2], dtype=like.dtype, device=self._device or like.device
+        )
+        if buffer is not None:
+            grown[:, : self.num_tokens] = buffer[:, : self.num_tokens]
+        return grown
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """[H, n, D], a view that the next append may invalidate."""
+        assert self._keys is not None
+        return self._keys[:, : self.num_tokens]
+
+    @property
+    def values(self) -> torch.Tensor:
+        """[H, n, D], a view that the next append may invalidate."""
+        assert self._values is not None
+        return self._values[:, : self.num_tokens]
+
+    def take_front(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Removes and returns the first tokens' keys and values; the rest moves into a new, small buffer."""
+        keys, values = self.keys, self.values
+        self.num_tokens, self._keys, self._values = 0, None, None
+        self.append(keys[:, num_tokens:], values[:, num_tokens:])
+        return keys[:, :num_tokens], values[:, :num_tokens]
+
+    def copy(self) -> "ExactTokens":
+        """An independent copy."""
+        copied = ExactTokens(device=self._device)
+        if self.num_tokens:
+            copied.append(self.keys, self.values)
+        return copied
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that is held in memory, room for growth included."""
+        return [] if self._keys is None or self._values is None else [self._keys, self._values]

@@ -1,0 +1,64 @@
+"""From a document and a question to token ids that fit the model."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+def read_document(source: str) -> str:
+    """The text of a UTF-8 file, or of standard input for `-`.
+
+    Raises:
+        ValueError: it cannot be read, is not UTF-8, or holds no text.
+    """
+    name = "standard input" if source == "-" else source
+    try:
+        content = sys.stdin.buffer.read() if source == "-" else Path(source).expanduser().read_bytes()
+        document = content.decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"cannot read the prompt file {name}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the prompt file {name} is not UTF-8 text (byte {error.start:,}); convert it, for example with iconv"
+        ) from error
+    if not document.strip():
+        raise ValueError(f"the prompt file {name} is empty; put the document to read into it")
+    return document
+
+
+def encode_prompt(
+    tokenizer: "PreTrainedTokenizerBase", document: str, question: str | None
+) -> "torch.Tensor":
+    """Token ids [1, n] of a document and a question about it: one user message where there is a chat template."""
+    content = f"{document.strip()}\n\n{question}" if question else document.strip()
+    if not tokenizer.chat_template:
+        encoded = tokenizer(content, return_tensors="pt")
+    else:
+        encoded = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    ids: torch.Tensor = encoded["input_ids"]
+    return ids
+
+
+def room_for_new_tokens(prompt_tokens: int, max_positions: int | None, wanted: int) -> int:
+    """How many of the wanted new tokens the model's positions allow after the prompt.
+
+    Raises:
+        ValueError: the prompt leaves no room for a single token.
+    """
+    if max_positions is None:
+        return wanted
+    if prompt_tokens >= max_positions:
+        raise ValueError(
+            f"the prompt has {prompt_tokens:,} tokens, but the model was made for {max_positions:,} positions "
+            "(prompt and answer together); shorten the prompt or take a model for longer contexts"
+        )
+    return min(wanted, max_positions - prompt_tokens)
