@@ -79,7 +79,10 @@ def run_steps(
         if result is None:
             result = run_step(step, environment, limit_seconds=limit_seconds)
             _write_whole(path, json.dumps(result, indent=1) + "\n")
-        print(f"{step.name}: {'passed' if result['passed'] else 'FAILED'} ({result['seconds']:.0f} s)", flush=True)
+        print(
+            f"{step.name}: {'passed' if result['passed'] else 'FAILED'} ({result['seconds']:.0f} s)",
+            flush=True,
+        )
         failed |= not result["passed"]
     return 1 if failed else 0
 

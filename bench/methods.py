@@ -75,7 +75,9 @@ def all_methods(fractions: Sequence[float], ranks: Sequence[int]) -> list[Method
     methods = [Method(name=FULL_ATTENTION, fraction=1.0)]
     for fraction in fractions:
         for rank in ranks:
-            methods.append(Method(name=f"ShadowKV rank {rank}", fraction=fraction, rank=rank, key_store="low_rank"))
+            methods.append(
+                Method(name=f"ShadowKV rank {rank}", fraction=fraction, rank=rank, key_store="low_rank")
+            )
         methods.append(Method(name="ShadowKV exact keys", fraction=fraction, key_store="exact"))
         methods += [Method(name=name, fraction=fraction) for name in selection_makers(fraction)]
     return methods
@@ -121,5 +123,3 @@ def open_cache(
     exact = prefill.fork(make_selection, teacher_forced=plan.teacher_forced)
     with exact_attention(model):
         yield exact, lambda: exact.attended_fraction
-
-

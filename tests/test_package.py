@@ -97,10 +97,10 @@ def test_cache_folder_follows_the_variables(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_report_names_versions_and_machine() -> None:
-    report = dict(line.split(": ", 1) for line in env.report().splitlines())
-    assert report["longshadow"] == longshadow.__version__
-    assert report["torch"] == importlib.metadata.version("torch")
-    assert report.keys() >= {
+    facts = env.facts()
+    assert facts["longshadow"] == longshadow.__version__
+    assert facts["torch"] == importlib.metadata.version("torch")
+    assert facts.keys() >= {
         "commit",
         "python",
         "cpu",

@@ -34,7 +34,9 @@ class Selection(Protocol):
 
     evicts: bool
 
-    def select(self, query_HGTD: torch.Tensor, keys_HnD: torch.Tensor, visible_Tn: torch.Tensor) -> torch.Tensor:
+    def select(
+        self, query_HGTD: torch.Tensor, keys_HnD: torch.Tensor, visible_Tn: torch.Tensor
+    ) -> torch.Tensor:
         """The tokens to attend to, [H, T, n] (bool), among the causally visible ones; queries are the last T."""
 
 
@@ -88,7 +90,9 @@ class ExactLayer(CacheLayerMixin):  # type: ignore[misc]
         self._remember(query_HGTD * scaling)
         decoding = num_new == 1 or self.teacher_forced
         if num_new == self.num_tokens:
-            return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling, enable_gqa=True)
+            return F.scaled_dot_product_attention(
+                query, keys, values, is_causal=True, scale=scaling, enable_gqa=True
+            )
         position = torch.arange(self.num_tokens - num_new, self.num_tokens, device=query.device)
         visible_Tn = torch.arange(self.num_tokens, device=query.device) <= position.unsqueeze(1)
         mask_HTn = visible_Tn.expand(keys.shape[1], -1, -1)
@@ -134,7 +138,11 @@ def _grow(buffer: torch.Tensor, num_used: int, capacity: int) -> torch.Tensor:
 
 
 def attend_masked(
-    query_HGTD: torch.Tensor, keys_HnD: torch.Tensor, values_HnD: torch.Tensor, mask_HTn: torch.Tensor, scaling: float
+    query_HGTD: torch.Tensor,
+    keys_HnD: torch.Tensor,
+    values_HnD: torch.Tensor,
+    mask_HTn: torch.Tensor,
+    scaling: float,
 ) -> torch.Tensor:
     """softmax over the masked-in keys of scaling * query . key, times values: [H, G, T, D]."""
     logits = torch.matmul(query_HGTD, keys_HnD.transpose(1, 2).unsqueeze(1)).mul_(scaling)
@@ -153,7 +161,9 @@ class ExactCache(Cache):  # type: ignore[misc]
         """A cache for `model` without tokens."""
         return cls([ExactLayer() for _ in range(model.config.num_hidden_layers)])
 
-    def fork(self, make_selection: SelectionMaker | None = None, *, teacher_forced: bool = False) -> ExactCache:
+    def fork(
+        self, make_selection: SelectionMaker | None = None, *, teacher_forced: bool = False
+    ) -> ExactCache:
         """A cache with the same tokens that goes on under a selection of its own.
 
         `teacher_forced`: blocks of several tokens are decoded tokens given in advance, so each selects for itself;

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from bench.baselines.exact_cache import ExactCache
 from bench.methods import FULL_ATTENTION, DecodePlan, Method, all_methods, open_cache
@@ -53,7 +53,8 @@ def run(config: Config, session: Session) -> Outcome:
             for index, needle in enumerate(needles):
                 session.progress(f"needle {index + 1} of {len(needles)}, {num_keys} keys")
                 results += session.unit(
-                    f"{num_keys} keys, needle {index}", lambda: ask(loaded, needle, methods, several=num_keys > 1)
+                    f"{num_keys} keys, needle {index}",
+                    partial(ask, loaded, needle, methods, several=num_keys > 1),
                 )
     return Outcome(rows=summarize(results, methods), check=check)
 

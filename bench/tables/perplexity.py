@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from statistics import fmean
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from bench.baselines.exact_cache import ExactCache
 from bench.methods import FULL_ATTENTION, DecodePlan, Method, all_methods, open_cache
 from bench.prose import language_reference, library_docstrings, passages
 from bench.quality import check_full_size, feed, prefill
@@ -39,17 +42,24 @@ class Config:
 
 
 def run(config: Config, session: Session) -> Outcome:
-    """Every text is one unit: a shared exact prefill, then each method decodes the rest."""
+    """Every text and method is one unit; the methods of a text share one exact prefill."""
     loaded = load_model("demo", dtype=torch.float32, device=session.device)
     methods = all_methods(config.fractions, config.ranks)
     texts = make_texts(loaded, config)
     results: list[dict[str, Any]] = []
     with torch.inference_mode():
-        check = check_full_size(loaded.model, texts[0][: config.prefix_tokens], texts[0][config.prefix_tokens])
+        check = check_full_size(
+            loaded.model, texts[0][: config.prefix_tokens], texts[0][config.prefix_tokens]
+        )
         for index, text in enumerate(texts):
-            results += session.unit(
-                f"text {index}", lambda: measure(loaded.model, text, methods, config, session, f"text {index + 1}")
-            )
+            # Not run at all when an earlier run has finished every method of the text.
+            shared = cache(partial(prefill, loaded.model, text[: config.prefix_tokens]))
+            for number, method in enumerate(methods):
+                unit = f"text {index + 1} of {len(texts)}, {method.name} at {method.fraction:.4f}"
+                session.progress(f"{unit} ({number + 1} of {len(methods)})")
+                results.append(
+                    session.unit(unit, partial(measure, loaded.model, shared, text, method, config))
+                )
     return Outcome(rows=summarize(results, methods), check=check)
 
 
@@ -65,37 +75,32 @@ def make_texts(loaded: LoadedModel, config: Config) -> list[list[int]]:
 
 
 def measure(
-    model: PreTrainedModel, text: list[int], methods: list[Method], config: Config, session: Session, label: str
-) -> list[dict[str, Any]]:
-    """Mean negative log-likelihood of the continuation by each method."""
-    prefix, continuation = text[: config.prefix_tokens], text[config.prefix_tokens :]
-    session.progress(f"{label}: prefill")
-    cache, _ = prefill(model, prefix)
+    model: PreTrainedModel,
+    shared: Callable[[], tuple[ExactCache, torch.Tensor]],
+    text: list[int],
+    method: Method,
+    config: Config,
+) -> dict[str, Any]:
+    """Mean negative log-likelihood of the continuation of a text by one method."""
     plan = DecodePlan(
-        prompt_tokens=len(prefix),
+        prompt_tokens=config.prefix_tokens,
         steps=config.decoded_tokens,
         teacher_forced=True,
         local_tokens=config.local_tokens,
         segment_tokens=config.segment_tokens,
     )
-    results = []
-    for number, method in enumerate(methods):
-        session.progress(f"{label}: {method.name} at {method.fraction:.4f} ({number + 1} of {len(methods)})")
-        with open_cache(model, cache, method, plan) as (opened, attended_fraction):
-            loss = _continuation_loss(model, opened, continuation, one_by_one=method.is_shadowkv)
-            results.append(
-                {
-                    "method": method.name,
-                    "fraction": method.fraction,
-                    "loss": loss,
-                    "attended": attended_fraction(),
-                }
-            )
-    return results
+    with open_cache(model, shared()[0], method, plan) as (opened, attended_fraction):
+        loss = continuation_loss(model, opened, text[config.prefix_tokens :], one_by_one=method.is_shadowkv)
+        return {
+            "method": method.name,
+            "fraction": method.fraction,
+            "loss": loss,
+            "attended": attended_fraction(),
+        }
 
 
-def _continuation_loss(
-    model: PreTrainedModel, cache: Cache, continuation: list[int], *, one_by_one: bool
+def continuation_loss(
+    model: PreTrainedModel, opened: Cache, continuation: list[int], *, one_by_one: bool
 ) -> float:
     """Mean loss of each token of `continuation` but the first, given those before it.
 
@@ -103,10 +108,10 @@ def _continuation_loss(
     as token by token (a test compares the two).
     """
     if one_by_one:
-        logits = torch.stack([feed(model, cache, [token]) for token in continuation[:-1]])
+        logits = torch.stack([feed(model, opened, [token]) for token in continuation[:-1]])
     else:
         ids = torch.tensor([continuation[:-1]], device=model.device)
-        logits = model(ids, past_key_values=cache, use_cache=True).logits[0]
+        logits = model(ids, past_key_values=opened, use_cache=True).logits[0]
     targets = torch.tensor(continuation[1:], device=logits.device)
     return float(F.cross_entropy(logits.float(), targets))
 

@@ -127,7 +127,8 @@ class TokenPositions:
         logs = self._logs.setdefault(layer_type, [_RotationLog() for _ in self._rows])
         for index, (log, row) in enumerate(zip(logs, self._rows, strict=True)):
             source = min(index, rotation.cos.shape[0] - 1)
-            log.append(Rotation(rotation.cos[source][row], rotation.sin[source][row]))
+            # Copies: a view would keep the whole batch's angles, and the half that pairs repeat, alive.
+            log.append(Rotation(rotation.cos[source][row].clone(), rotation.sin[source][row].clone()))
 
     def rotation(self, layer_type: str, sequence: int, start: int, stop: int, device: torch.device) -> Rotation:
         """Rotation of the real tokens start .. stop of a sequence."""

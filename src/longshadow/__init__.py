@@ -1,6 +1,6 @@
 """Long contexts with small caches.
 
-The public names are imported when first used, so that `import longshadow` needs neither torch nor transformers:
+The public names are imported when first used; `import longshadow` needs neither torch nor transformers.
     from longshadow import ShadowKVCache, ShadowKVConfig
 """
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from longshadow import __version__
 
 CACHE_VARIABLE = "LONGSHADOW_CACHE"
+# The first is the package's own; the others change what it does through the libraries it stands on.
 VARIABLES = (
     CACHE_VARIABLE,
     "XDG_CACHE_HOME",
@@ -41,9 +42,9 @@ def cache_folder() -> Path:
     return base / "longshadow"
 
 
-def report() -> str:
-    """What a bug report needs, one `name: value` a line; what cannot be found out is `unknown`."""
-    lines = {
+def facts() -> dict[str, str]:
+    """What a bug report needs, by name. Never raises: what cannot be found out is `unknown`, and why."""
+    probes: dict[str, Callable[[], str]] = {
         "longshadow": lambda: __version__,
         "commit": _commit,
         "python": lambda: f"{platform.python_version()} ({sys.executable})",
@@ -56,7 +57,12 @@ def report() -> str:
         "cache folder": lambda: str(cache_folder()),
         **{name: _variable_of(name) for name in VARIABLES},
     }
-    return "\n".join(f"{name}: {_probe(probe)}" for name, probe in lines.items())
+    return {name: _probe(probe) for name, probe in probes.items()}
+
+
+def report() -> str:
+    """`facts`, one `name: value` a line."""
+    return "\n".join(f"{name}: {value}" for name, value in facts().items())
 
 
 def _probe(probe: Callable[[], str]) -> str:

@@ -100,11 +100,14 @@ class DenseShadowKV:
             model.set_attn_implementation(before)
 
     def rotate(self, raw: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return self.rope(raw[None], raw[None], cos[None], sin[None])[1][0]
+        turned = self.rope(raw[None, ..., : self.rotated], raw[None, ..., : self.rotated], cos[None], sin[None])[1][0]
+        return torch.cat([turned, raw[..., self.rotated :]], -1)
 
     def attend(self, module, query, key, value, mask, scaling=None, sliding_window=None, s_aux=None, **kwargs):
         layer, num_new = module.layer_idx, query.shape[2]
         raw, angles = (self.raw.pop(), self.angles.pop()) if self.raw else (key, None)
+        self.rotated = raw.shape[3]  # Phi calls RoPE with the rotated part of its keys only
+        raw = torch.cat([raw, key[..., self.rotated :]], -1)
         softcap = kwargs.get("softcap")
         out = torch.zeros(*query.shape[:3], value.shape[3])
         for row in range(query.shape[0]):

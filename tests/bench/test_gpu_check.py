@@ -1,0 +1,94 @@
+"""The step machinery of gpu_check, with steps that need no GPU."""
+
+import json
+
+import pytest
+
+from bench import gpu_check
+from bench.gpu_check import STEPS, Step, run_steps
+
+
+def python_step(name, code, **changes):
+    return Step(name=name, arguments=("-c", code), modules=changes.get("modules", {}))
+
+
+def run(tmp_path, *steps, limit_seconds=60.0, **variables):
+    environment = {"OUT": str(tmp_path / "out"), "COMMIT": "abc", **variables}
+    return run_steps(steps, environment, limit_seconds=limit_seconds)
+
+
+def result(tmp_path, name):
+    return json.loads((tmp_path / "out" / f"{name}.json").read_text())
+
+
+def test_steps_leave_one_flat_file_each(tmp_path):
+    record = "import sys; open(sys.argv[1], 'w').write('[1]'); print('measured')"
+    table = Step(name="table", arguments=("-c", record, "{record}"), modules={})
+    assert run(tmp_path, python_step("first", "print('hello')"), table) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["first.json", "table.json"]
+    assert result(tmp_path, "first")["output"].strip() == "hello"
+    assert result(tmp_path, "table")["record"] == [1]
+
+
+def test_a_failing_step_fails_the_check_and_the_next_still_runs(tmp_path):
+    assert run(tmp_path, python_step("bad", "raise SystemExit(3)"), python_step("good", "pass")) == 1
+    assert result(tmp_path, "bad")["status"] == "exit status 3" and not result(tmp_path, "bad")["passed"]
+    assert result(tmp_path, "good")["passed"]
+
+
+def test_a_finished_step_is_skipped_unless_forced(tmp_path, capfd):
+    counting = f"open({str(tmp_path / 'count')!r}, 'a').write('x')"
+    for variables in ({}, {}, {"FORCE": "1"}):
+        assert run(tmp_path, python_step("only", counting), **variables) == 0
+    assert (tmp_path / "count").read_text() == "xx"
+
+
+def test_a_step_stopped_by_the_clock_runs_again(tmp_path):
+    slow_once = (
+        f"import os, time; path = {str(tmp_path / 'started')!r}; again = os.path.exists(path); "
+        "open(path, 'w').close(); time.sleep(0 if again else 60)"
+    )
+    step = python_step("slow", slow_once)
+    assert run(tmp_path, step, limit_seconds=1.0) == 1
+    assert result(tmp_path, "slow")["status"] == "stopped after 1 s"
+    assert run(tmp_path, step) == 0
+
+
+def test_one_step_can_be_chosen(tmp_path):
+    steps = (python_step("a", "pass"), python_step("b", "pass"))
+    assert run(tmp_path, *steps, STEP="b") == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.json"]
+
+
+def test_an_unknown_step_names_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match="there are a, b"):
+        run(tmp_path, python_step("a", "pass"), python_step("b", "pass"), STEP="c")
+
+
+def test_missing_wheels_are_named(tmp_path):
+    step = python_step("table", "pass", modules={"no_such_module": "no-such-wheel"})
+    with pytest.raises(ValueError, match=r"needs these wheels: no-such-wheel"):
+        run(tmp_path, step)
+
+
+def test_a_missing_out_is_said():
+    with pytest.raises(ValueError, match="set OUT"):
+        run_steps((), {})
+
+
+def test_without_cuda_one_line_and_status_two(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("STEP", raising=False)
+    assert gpu_check.main() == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_unknown_step_is_said_without_cuda_too(monkeypatch, capsys):
+    monkeypatch.setenv("STEP", "nothing")
+    assert gpu_check.main() == 2
+    assert "there are tests" in capsys.readouterr().err
+
+
+def test_the_real_steps():
+    assert STEPS[0].name == "tests" and "gpu" in STEPS[0].arguments
+    assert len(STEPS) <= gpu_check.MAX_FILES and gpu_check.STEP_SECONDS <= 480

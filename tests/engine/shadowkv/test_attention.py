@@ -1,0 +1,93 @@
+"""A hand-off that is lost raises and names the class; it never gives a wrong answer."""
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from longshadow.engine.shadowkv import ShadowKVCache
+from tests.engine.shadowkv.families import tiny_model
+
+IDS = torch.arange(2, 42).unsqueeze(0)
+
+
+def test_an_attention_that_is_not_ours_raises() -> None:
+    model = tiny_model("llama")
+    with ShadowKVCache.for_model(model) as cache:
+        model.set_attn_implementation("sdpa")
+        with pytest.raises(RuntimeError, match="LlamaAttention runs attention implementation 'sdpa'"):
+            model(IDS, past_key_values=cache)
+
+
+def test_a_closed_cache_raises() -> None:
+    model = tiny_model("llama")
+    cache = ShadowKVCache.for_model(model)
+    cache.close()
+    with pytest.raises(RuntimeError, match="use the cache inside"):
+        model(IDS, past_key_values=cache)
+
+
+def test_a_model_that_copies_its_keys_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    with ShadowKVCache.for_model(model) as cache:
+        update = cache.update
+        monkeypatch.setattr(cache, "update", lambda *args, **kw: tuple(x.clone() for x in update(*args, **kw)))
+        with pytest.raises(RuntimeError, match="LlamaAttention copies its keys"):
+            model(IDS, past_key_values=cache)
+
+
+def test_a_model_with_attention_of_its_own_raises_at_the_next_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    modeling = sys.modules[type(model).__module__]
+
+    class OwnAttention:
+        def get_interface(self, *_: Any) -> Any:
+            return modeling.eager_attention_forward
+
+    with ShadowKVCache.for_model(model) as cache, torch.no_grad():
+        monkeypatch.setattr(modeling, "ALL_ATTENTION_FUNCTIONS", OwnAttention())
+        model(IDS, past_key_values=cache)
+        with pytest.raises(RuntimeError, match="LlamaAttention did not hand its keys"):
+            model(IDS[:, :1], past_key_values=cache)
+
+
+def test_an_interrupted_forward_is_noticed_and_reset_recovers() -> None:
+    model = tiny_model("llama")
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with ShadowKVCache.for_model(model) as cache, torch.no_grad():
+        expected = model(IDS, past_key_values=cache).logits
+        hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(IDS[:, :1], past_key_values=cache)
+        hook.remove()
+        with pytest.raises(RuntimeError, match=r"cache\.reset\(\)"):
+            model(IDS[:, :1], past_key_values=cache)
+        cache.reset()
+        assert torch.equal(model(IDS, past_key_values=cache).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "reason"),
+    [
+        ("deepseek_v3", dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1), "latent"),
+        ("t5", dict(d_model=64, d_kv=16, num_heads=4), "encoder-decoder"),
+        ("qwen3_next", dict(head_dim=16, num_experts=4, num_experts_per_tok=2), "layers of type 'linear_attention'"),
+    ],
+)
+def test_unsupported_models_are_refused_with_the_reason(family: str, overrides: Any, reason: str) -> None:
+    sizes = dict(vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = AutoConfig.for_model(family, **sizes, num_key_value_heads=4, moe_intermediate_size=32, **overrides)
+    with torch.device("meta"):
+        if family == "t5":
+            from transformers import T5ForConditionalGeneration
+
+            model = T5ForConditionalGeneration(config)
+        else:
+            model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=f"does not support .*{reason}"):
+        ShadowKVCache.for_model(model)

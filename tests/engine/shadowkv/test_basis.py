@@ -1,0 +1,54 @@
+"""The accumulated eigendecomposition against an SVD of the keys."""
+
+import pytest
+import torch
+
+from longshadow.engine.shadowkv.basis import GramAccumulator, LowRankBasis
+
+
+def solve(keys: torch.Tensor, *, blocks: int = 1, center: bool = False, **how: object) -> LowRankBasis:
+    gram = GramAccumulator(keys.shape[1], keys.device)
+    for block in keys.chunk(blocks):
+        gram.add(block)
+    arguments = {"rank": None, "rank_energy": None, **how}
+    return gram.solve(center=center, dtype=keys.dtype, **arguments)  # type: ignore[arg-type]
+
+
+def decaying_keys(num_tokens: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(width, width, generator=generator) * torch.logspace(0, -3, width)
+    return torch.randn(num_tokens, width, generator=generator) @ mixing.T + 0.5
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("blocks", [1, 5])
+@pytest.mark.parametrize("rank", [1, 7, 24])
+def test_error_equals_the_truncated_svds(rank: int, blocks: int, center: bool) -> None:
+    keys = decaying_keys(701, 24)
+    basis = solve(keys, blocks=blocks, center=center, rank=rank)
+    offset = keys.double().mean(0) if center else torch.zeros(24, dtype=torch.float64)
+    spectrum = torch.linalg.svdvals(keys.double() - offset)
+    error = (basis.coefficients(keys) @ basis.rows + basis.mean - keys).double().square().sum()
+    assert float(error) == pytest.approx(float(spectrum[rank:].square().sum()), rel=1e-3, abs=1e-6)
+    kept = 1 - float(spectrum[rank:].square().sum() / keys.double().square().sum())
+    assert basis.energy_kept == pytest.approx(kept, abs=1e-6)
+
+
+def test_coefficients_have_unit_mean_square() -> None:
+    keys = decaying_keys(500, 24)
+    mean_square = solve(keys, rank=12).coefficients(keys).square().mean(0)
+    torch.testing.assert_close(mean_square, torch.ones(12), rtol=1e-3, atol=0)
+
+
+def test_rank_by_energy_is_the_smallest_that_keeps_it() -> None:
+    keys = decaying_keys(500, 24)
+    basis = solve(keys, rank_energy=0.99)
+    rank = basis.rows.shape[0]
+    assert basis.energy_kept >= 0.99 > solve(keys, rank=rank - 1).energy_kept
+
+
+def test_constant_and_zero_keys_are_kept_exactly() -> None:
+    for keys in (torch.zeros(64, 8), torch.full((64, 8), 3.0)):
+        basis = solve(keys, center=True, rank=4)
+        torch.testing.assert_close(basis.coefficients(keys) @ basis.rows + basis.mean, keys)
+        assert basis.energy_kept == pytest.approx(1.0)
