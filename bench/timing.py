@@ -91,6 +91,26 @@ def _time_on_cuda(run: Callable[[], object]) -> float:
     return float(start.elapsed_time(stop)) / 1e3
 
 
+class Stopwatch:
+    """Seconds between successive laps, the first from the making of the stopwatch; the device idle at each."""
+
+    def __init__(self, device: str) -> None:
+        self._on_cuda = device.startswith("cuda")
+        self.laps: dict[str, float] = {}
+        self._last = self._now()
+
+    def lap(self, name: str) -> None:
+        """Ends the part `name`."""
+        now = self._now()
+        self.laps[name] = now - self._last
+        self._last = now
+
+    def _now(self) -> float:
+        if self._on_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
 def tensor_bytes(*tensors: torch.Tensor) -> int:
     """Bytes that reading every element of the tensors once moves."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

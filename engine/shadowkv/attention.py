@@ -70,9 +70,11 @@ def attention_forward(
     exactly. attention_mask is None or [B, keys].
     """
     if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(f"longshadow's attention takes masks [batch, tokens], got shape {list(attention_mask.shape)}")
+        raise ValueError(f"attention masks are [batch, tokens] here, got shape {list(attention_mask.shape)}")
     if module.training and torch.is_grad_enabled():
-        raise RuntimeError("longshadow's attention is for inference: call model.eval() or leave the cache first")
+        raise RuntimeError(
+            "longshadow's attention is for inference: call model.eval() or leave the cache first"
+        )
     expected = _expected.pop(module, None)
     layer: AttendingLayer | None = getattr(key, _LAYER, None)
     parameters = AttentionParameters(
@@ -85,7 +87,7 @@ def attention_forward(
             out = layer.attend(query, key, value, attention_mask, position_ids, parameters)
         elif expected is not None and expected() is not None:
             raise RuntimeError(
-                f"{type(module).__name__} copies its keys between the cache and attention, so the cache's history "
+                f"{type(module).__name__} copies its keys between cache and attention, so the cache's history "
                 "would be lost: this model is not supported by ShadowKV"
             )
         else:
@@ -105,9 +107,9 @@ def _attend_batch(
     num_new, num_keys = query.shape[2], keys.shape[2]
     out = query.new_zeros(*query.shape[:3], values.shape[3])
     for index in range(query.shape[0]):
-        if mask is None:
-            real = new = slice(None)
-        else:
+        real: slice | torch.Tensor = slice(None)
+        new: slice | torch.Tensor = slice(None)
+        if mask is not None:
             visible = mask[index].bool()
             real = visible.nonzero().squeeze(1)
             new = visible[num_keys - num_new :].nonzero().squeeze(1)

@@ -4,15 +4,15 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from longshadow.engine.shadowkv.attention import IMPLEMENTATION, activate, deactivate
 from longshadow.engine.shadowkv.config import ShadowKVConfig
 from longshadow.engine.shadowkv.families import AttentionLayer, RotaryAngles, describe_attention
-from longshadow.engine.shadowkv.attention import IMPLEMENTATION, activate, deactivate
 from longshadow.engine.shadowkv.layer import CacheState, ShadowKVLayer
 from longshadow.engine.shadowkv.memory import MemoryReport, PeakMemory, report
 from longshadow.engine.shadowkv.positions import RotationSource, TokenPositions
@@ -39,11 +39,11 @@ class Statistics:
     num_tokens: int
 
 
-class ShadowKVCache(Cache):  # type: ignore[misc]
+class ShadowKVCache(Cache):
     """ShadowKV (arXiv 2410.21465) for `model.generate(..., past_key_values=cache)`.
 
-    Made by `for_model`. Prompts are attended exactly; decoding attends to sink, outlier and selected chunks and
-    to recent tokens. While a cache is open the model runs longshadow's attention, which also serves calls
+    Made by `for_model`. Prompts are attended exactly; decoding attends to sink, outlier and selected chunks
+    and to recent tokens. While a cache is open the model runs longshadow's attention, which also serves calls
     without this cache; the last cache of a model restores its own implementation on leaving.
 
     Example:
@@ -92,7 +92,8 @@ class ShadowKVCache(Cache):  # type: ignore[misc]
         num_tokens = exact.get_seq_length()
         for index, layer in enumerate(cache.layers):
             if isinstance(layer, ShadowKVLayer):
-                keys, values = exact.layers[index].keys, exact.layers[index].values
+                source: Any = exact.layers[index]
+                keys, values = source.keys, source.values
                 layer.absorb(keys, values, torch.arange(num_tokens, device=keys.device).unsqueeze(0))
             else:
                 cache.layers[index] = exact.layers[index]
@@ -104,7 +105,7 @@ class ShadowKVCache(Cache):  # type: ignore[misc]
             self._release = weakref.finalize(self, deactivate, self._model)
 
     def close(self) -> None:
-        """Leaves: the model gets its own attention implementation back with its last cache. May be repeated."""
+        """Leaves: with its last cache the model gets its own attention implementation back. Repeatable."""
         if self._release is not None:
             self._release()
             self._release = None
@@ -133,14 +134,12 @@ class ShadowKVCache(Cache):  # type: ignore[misc]
             yield "rotation", tensor
         for layer in self.layers:
             if not isinstance(layer, ShadowKVLayer):
-                for tensor in (layer.keys, layer.values):
-                    if tensor is not None:
-                        yield "stock layers", tensor
+                stock: Any = layer
+                yield from (("stock layers", held) for held in (stock.keys, stock.values) if held is not None)
                 continue
             for sequence in layer.sequences:
                 for part, tensors in sequence.tensors().items():
-                    for tensor in tensors:
-                        yield part, tensor
+                    yield from ((part, held) for held in tensors)
 
     def statistics(self) -> Statistics:
         """What decoding did so far."""
@@ -149,14 +148,16 @@ class ShadowKVCache(Cache):  # type: ignore[misc]
         selected_chunks = counts.hits + counts.misses
         return Statistics(
             hit_rate=counts.hits / selected_chunks if selected_chunks else 0.0,
-            attended_fraction=counts.attended_tokens / counts.context_tokens if counts.context_tokens else 1.0,
+            attended_fraction=counts.attended_tokens / counts.context_tokens
+            if counts.context_tokens
+            else 1.0,
             energy_kept=[layer.energy_kept() for layer in layers],
             num_tokens=self.get_seq_length(),
         )
 
     def reset(self) -> None:
         """Forgets all tokens and statistics."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         self._state.positions.reset()
         self._state.peak.reset()
         self._state.counts = StepCounts()
@@ -180,7 +181,8 @@ class ShadowKVCache(Cache):  # type: ignore[misc]
             if isinstance(layer, ShadowKVLayer):
                 layer.select(sequences)
             else:
-                layer.reorder_cache(indices)
+                stock: Any = layer
+                stock.reorder_cache(indices)
 
     @property
     def batch_size(self) -> int:

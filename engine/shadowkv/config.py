@@ -39,11 +39,11 @@ class ShadowKVConfig:
         value_store: "host" (main memory, pinned where there is a GPU) or "device".
         value_dtype: None (the model's) or "int8" (a scale per token and head), also for exact stored keys.
         factor_dtype: None (the model's) or "int8" for the low-rank factor and the landmarks.
-        prefill_chunk_size: must equal `generate(prefill_chunk_size=...)` when the prompt is prefilled in chunks:
-            forwards of exactly this many tokens are taken as unfinished prompts and stay exact until the
-            prompt's last chunk.
-        sparse_prompts: later turns' prompt tokens select chunks too, each its own, instead of attending to the
-            whole history.
+        prefill_chunk_size: must equal `generate(prefill_chunk_size=...)` when prompts are prefilled in
+            chunks: forwards of exactly this many tokens are taken as unfinished prompts and stay exact
+            until the prompt's last chunk.
+        sparse_prompts: later turns' prompt tokens select chunks too, each its own, instead of attending
+            to the whole history.
     """
 
     budget_tokens: int | None = None
@@ -110,7 +110,7 @@ class ShadowKVConfig:
         return self.rank
 
     def generated_rank(self, width: int, num_tokens: int) -> int:
-        """Rank at which a segment of `num_tokens` generated tokens, basis included, costs what prompt tokens do.
+        """Rank at which `num_tokens` generated tokens, basis included, cost what prompt tokens do.
 
         A basis of rank r costs r x width elements. Spread over few tokens that is much, so r shrinks until
         r (num_tokens + width) = rank x num_tokens.
@@ -126,7 +126,9 @@ class ShadowKVConfig:
         """Whether a context of `num_tokens` stays exact and is attended fully."""
         if self.dense_threshold is not None:
             return num_tokens <= self.dense_threshold
-        always_attended = (self.num_sink_chunks + self.num_outlier_chunks) * self.chunk_size + self.local_tokens
+        always_attended = (
+            self.num_sink_chunks + self.num_outlier_chunks
+        ) * self.chunk_size + self.local_tokens
         return num_tokens <= max(MINIMUM_DENSE_TOKENS, self.budget(num_tokens) + always_attended)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from longshadow.engine.shadowkv.selection import cap_logits
+from longshadow.engine.shadowkv.selection import cap_logits, dot, join
 
 # Logits held at once by the streamed path, in elements.
 LOGITS_BLOCK = 1 << 24
@@ -33,16 +33,17 @@ class AttentionParameters:
 
 
 def attend_parts(
-    query_HGD: torch.Tensor, parts: Iterable[tuple[torch.Tensor, torch.Tensor]], parameters: AttentionParameters
+    query_HGD: torch.Tensor,
+    parts: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    parameters: AttentionParameters,
 ) -> torch.Tensor:
     """One query per head over keys and values [H, n_i, D] given in parts, without joining them: [H, G, D].
 
     softmax(scaling * query . key) value over the union of the parts, computed in fp32 or better.
     """
-    query = _at_least_fp32(query_HGD)
+    query = _at_least_fp32(query_HGD) * parameters.scaling
     parts = [(_at_least_fp32(keys), _at_least_fp32(values)) for keys, values in parts if keys.shape[1]]
-    logits = torch.cat([torch.bmm(query, keys.transpose(1, 2)) for keys, _ in parts], dim=2)
-    logits = cap_logits(logits.mul_(parameters.scaling), parameters.softcap)
+    logits = cap_logits(join([dot(query, keys) for keys, _ in parts]), parameters.softcap)
     if parameters.sinks is not None:
         sinks = parameters.sinks.to(logits).view(*query.shape[:2], 1)
         probabilities = torch.cat([logits, sinks], 2).softmax(-1)[..., :-1]
@@ -171,7 +172,8 @@ class _OnlineSoftmax:
         self._maximum[:, :, queries] = new
 
     def result(self) -> torch.Tensor:
-        return (self._sum / self._norm).flatten(0, 1).to(self._dtype)
+        out: torch.Tensor = (self._sum / self._norm).flatten(0, 1)
+        return out.to(self._dtype)
 
 
 def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
@@ -201,7 +203,7 @@ def _flash_attention(
     parameters: AttentionParameters,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    from flash_attn import flash_attn_func
+    from flash_attn import flash_attn_func  # type: ignore[import-not-found]
 
     out: torch.Tensor = flash_attn_func(
         *(x.transpose(0, 1).unsqueeze(0) for x in (query, keys, values)),

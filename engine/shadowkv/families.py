@@ -44,7 +44,9 @@ class RotaryAngles:
     def __init__(self, model: PreTrainedModel) -> None:
         modules = [module for name, module in model.named_modules() if name.split(".")[-1] == "rotary_emb"]
         self._module: nn.Module | None = modules[0] if modules else None
-        self._by_type = self._module is not None and "layer_type" in inspect.signature(self._module.forward).parameters
+        self._by_type = (
+            self._module is not None and "layer_type" in inspect.signature(self._module.forward).parameters
+        )
         self._dtype = model.dtype
 
     def cos_sin(self, layer_type: str, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,7 +111,7 @@ def _refuse(model: PreTrainedModel, reason: str) -> NoReturn:
 
 def _attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     return {
-        module.layer_idx: module
+        int(module.layer_idx): module  # type: ignore[arg-type]
         for module in model.modules()
         if isinstance(getattr(module, "layer_idx", None), int)
         and "position_embeddings" in inspect.signature(module.forward).parameters
@@ -128,15 +130,22 @@ class _KeyProbe(DynamicCache):
         raise _KeysReached(key_states)
 
 
-def _keys_of(module: nn.Module, hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _keys_of(
+    module: nn.Module, hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
     try:
         with torch.no_grad():
             module(
-                hidden_states=hidden, position_embeddings=angles, attention_mask=None, past_key_values=_KeyProbe()
+                hidden_states=hidden,
+                position_embeddings=angles,
+                attention_mask=None,
+                past_key_values=_KeyProbe(),
             )
     except _KeysReached as reached:
         return reached.keys
-    raise ValueError(f"ShadowKV does not support {type(module).__name__}: it does not hand its keys to the cache")
+    raise ValueError(
+        f"ShadowKV does not support {type(module).__name__}: it does not hand its keys to the cache"
+    )
 
 
 def _probe(
@@ -163,4 +172,6 @@ def _probe(
             rotation = Rotation(_per_pair(cos[0], layout), _per_pair(sin[0], layout))
             if float((rotate(plain, rotation, layout) - rotated).norm()) <= tolerance:
                 return layout, key_width
-    raise ValueError(f"ShadowKV does not support {type(module).__name__}: its rotary embedding is of an unknown form")
+    raise ValueError(
+        f"ShadowKV does not support {type(module).__name__}: its rotary embedding is of an unknown form"
+    )

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from longshadow.engine.shadowkv.attention import expect_handoff, mark
 from longshadow.engine.shadowkv.config import ShadowKVConfig
 from longshadow.engine.shadowkv.exact import AttentionParameters
 from longshadow.engine.shadowkv.families import AttentionLayer
-from longshadow.engine.shadowkv.attention import expect_handoff, mark
 from longshadow.engine.shadowkv.memory import PeakMemory
 from longshadow.engine.shadowkv.positions import TokenPositions
 from longshadow.engine.shadowkv.rope import Rotation
@@ -34,7 +34,7 @@ class CacheState:
     counts: StepCounts = field(default_factory=StepCounts)
 
 
-class ShadowKVLayer(CacheLayerMixin):  # type: ignore[misc]
+class ShadowKVLayer(CacheLayerMixin):
     """Cache layer of one full-attention layer; sequences of a batch are stored apart and without padding."""
 
     is_sliding = False
@@ -43,7 +43,7 @@ class ShadowKVLayer(CacheLayerMixin):  # type: ignore[misc]
     supports_early_init = False
 
     def __init__(self, state: CacheState, attention: AttentionLayer) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._state = state
         self._attention = attention
         self._num_seen = 0
@@ -74,8 +74,8 @@ class ShadowKVLayer(CacheLayerMixin):  # type: ignore[misc]
         module_name = type(self._attention.module).__name__
         if self._num_expected:
             raise RuntimeError(
-                f"{module_name} did not hand its keys to longshadow's attention (it copied them, or the last forward "
-                "was interrupted): this model is not supported, or call cache.reset() and start over"
+                f"{module_name} did not hand its keys to longshadow's attention (it copied them, or the last "
+                "forward was interrupted): this model is not supported, or call cache.reset() and start over"
             )
         current = self._state.model_config._attn_implementation
         if current != self._state.implementation:
@@ -124,7 +124,7 @@ class ShadowKVLayer(CacheLayerMixin):  # type: ignore[misc]
         if self._attention.layout is not None and self._state.config.key_store == "low_rank":
             if position_ids is None or position_ids.dim() != 2:
                 raise RuntimeError(
-                    f"{type(self._attention.module).__name__} does not pass two-dimensional position_ids to attention"
+                    f"{type(self._attention.module).__name__} does not pass position_ids [batch, tokens] on"
                 )
             positions.log_rotation(self._attention.layer_type, position_ids)
 
@@ -221,12 +221,16 @@ class ShadowKVLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def energy_kept(self) -> list[float]:
         """Share of key energy in the factors of the first, second, ... segment, mean over the batch."""
-        by_place = zip_longest(*([part.energy_kept for part in sequence.segments] for sequence in self.sequences))
+        by_place = zip_longest(
+            *([part.energy_kept for part in sequence.segments] for sequence in self.sequences)
+        )
         return [fmean(energy for energy in place if energy is not None) for place in by_place]
 
     def offload(self) -> None:
         """Refuses: the cache places its tensors itself."""
-        raise ValueError("a ShadowKVCache keeps its values on the host itself; do not ask for cache offloading")
+        raise ValueError(
+            "a ShadowKVCache keeps its values on the host itself; do not ask for cache offloading"
+        )
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuses: compressed tokens cannot be taken back, so assisted decoding is not possible."""

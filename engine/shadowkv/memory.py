@@ -1,7 +1,7 @@
 """Bytes of a cache by part and place."""
 
-from collections import defaultdict
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 

@@ -57,7 +57,7 @@ class _RotationLog:
 
 
 class TokenPositions:
-    """Follows the forwards of one cache; every layer reports to it, the first one of a forward does the work."""
+    """Follows the forwards of one cache; every layer reports, the first one of a forward does the work."""
 
     def __init__(self, rotation_of: RotationSource) -> None:
         """`rotation_of(layer_type, position_ids [B, T])` gives cos and sin [B, T, P]."""
@@ -83,7 +83,7 @@ class TokenPositions:
             return self._rows
         if num_seen != self._num_seen + self._num_new:
             raise RuntimeError(
-                "the cache's layers hold different tokens, as after an interrupted forward: call cache.reset()"
+                "the cache's layers hold different tokens, as after an interrupted forward: cache.reset()"
             )
         if self._num_real and len(self._num_real) != batch_size:
             raise ValueError(f"the cache holds {len(self._num_real)} sequences, the batch has {batch_size}")
@@ -114,8 +114,8 @@ class TokenPositions:
     def _check_history(self, visible: list[int], num_new: int) -> None:
         if self._num_real and num_new > 1 and visible != self._num_real:
             raise ValueError(
-                f"the attention mask shows {visible} earlier tokens per sequence, but {self._num_real} were cached: "
-                "pass the mask of the earlier turns, unchanged, before the new tokens' mask"
+                f"the attention mask shows {visible} earlier tokens per sequence, but {self._num_real} were "
+                "cached: pass the mask of the earlier turns, unchanged, before the new tokens' mask"
             )
 
     def log_rotation(self, layer_type: str, position_ids: torch.Tensor) -> None:
@@ -130,7 +130,9 @@ class TokenPositions:
             # Copies: a view would keep the whole batch's angles, and the half that pairs repeat, alive.
             log.append(Rotation(rotation.cos[source][row].clone(), rotation.sin[source][row].clone()))
 
-    def rotation(self, layer_type: str, sequence: int, start: int, stop: int, device: torch.device) -> Rotation:
+    def rotation(
+        self, layer_type: str, sequence: int, start: int, stop: int, device: torch.device
+    ) -> Rotation:
         """Rotation of the real tokens start .. stop of a sequence."""
         return self._logs[layer_type][sequence].table(start, stop).to(device)
 

@@ -40,7 +40,7 @@ class ResidentChunks:
     def fetch(
         self, selected_Hk: torch.Tensor, num_slots: int, load: ChunkLoader
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Keys and values [H, k, c, D] of the selected chunks, in no particular order, and the number of misses.
+        """Keys and values [H, k, c, D] of the selected chunks, in no particular order, and how many missed.
 
         `load(chunks [H, m])` brings chunks that are not resident; `num_slots` >= k, growing over time.
         """
@@ -84,7 +84,9 @@ class ResidentChunks:
         if self._keys is not None and self._values is not None:
             room = (like_Hk.shape[0], missing)
             self._keys = torch.cat([self._keys, self._keys.new_zeros(*room, *self._keys.shape[2:])], 1)
-            self._values = torch.cat([self._values, self._values.new_zeros(*room, *self._values.shape[2:])], 1)
+            self._values = torch.cat(
+                [self._values, self._values.new_zeros(*room, *self._values.shape[2:])], 1
+            )
 
     def copy(self) -> "ResidentChunks":
         """An independent copy."""

@@ -59,7 +59,8 @@ class LowRankKeys:
             if rotation is not None and layout is not None:
                 keys = unrotate(keys, rotation[block], layout)
             keys = keys if keys.dtype == torch.float64 else keys.float()
-            return keys.transpose(0, 1).flatten(1)
+            joint: torch.Tensor = keys.transpose(0, 1).flatten(1)
+            return joint
 
         gram = GramAccumulator(num_heads * head_dim, keys_HnD.device)
         for block in blocks:
@@ -75,18 +76,26 @@ class LowRankKeys:
         self._coefficients = RowStore(
             coefficients.unflatten(0, (-1, config.chunk_size)), int8=config.factor_dtype == "int8"
         )
-        self._basis_HrD = basis.rows.unflatten(1, (num_heads, head_dim)).transpose(0, 1).to(dtype).contiguous()
+        self._basis_HrD = (
+            basis.rows.unflatten(1, (num_heads, head_dim)).transpose(0, 1).to(dtype).contiguous()
+        )
         self._mean_H1D = basis.mean.view(num_heads, 1, head_dim).to(dtype)
 
     def gather(self, chunks_Hk: torch.Tensor) -> torch.Tensor:
         """Rebuilds the keys of each head's own chunks, [H, k, c, D]."""
         num_heads, num_chunks = chunks_Hk.shape
-        rows = self._coefficients.gather(chunks_Hk.flatten()).view(num_heads, num_chunks * self._chunk_size, -1)
+        rows = self._coefficients.gather(chunks_Hk.flatten()).view(
+            num_heads, num_chunks * self._chunk_size, -1
+        )
         if self._rotation is None:
             return self._rebuild(rows, None)
-        tokens = chunks_Hk.unsqueeze(-1) * self._chunk_size + torch.arange(self._chunk_size, device=chunks_Hk.device)
+        tokens = chunks_Hk.unsqueeze(-1) * self._chunk_size + torch.arange(
+            self._chunk_size, device=chunks_Hk.device
+        )
         tokens = tokens.flatten()
-        picked = Rotation(self._rotation.cos.index_select(0, tokens), self._rotation.sin.index_select(0, tokens))
+        picked = Rotation(
+            self._rotation.cos.index_select(0, tokens), self._rotation.sin.index_select(0, tokens)
+        )
         shape = (num_heads, num_chunks * self._chunk_size, -1)
         return self._rebuild(rows, Rotation(picked.cos.view(shape), picked.sin.view(shape)))
 
@@ -100,7 +109,8 @@ class LowRankKeys:
         keys = torch.baddbmm(self._mean_H1D, rows_Hnr, self._basis_HrD)
         if rotation is not None and self._layout is not None:
             keys = rotate(keys, rotation, self._layout).to(keys.dtype)
-        return keys.unflatten(1, (-1, self._chunk_size))
+        chunks: torch.Tensor = keys.unflatten(1, (-1, self._chunk_size))
+        return chunks
 
     def tensors(self) -> dict[str, list[torch.Tensor]]:
         """What is held in memory, by part; the rotation is shared by the layers of a sequence."""
@@ -126,7 +136,8 @@ class StoredChunks:
     def gather(self, chunks_Hk: torch.Tensor) -> torch.Tensor:
         """The vectors of each head's own chunks, [H, k, c, D]."""
         heads = torch.arange(self._num_heads, device=chunks_Hk.device).unsqueeze(1)
-        return self._rows.gather((heads * self._num_chunks + chunks_Hk).flatten()).unflatten(0, chunks_Hk.shape)
+        rows = self._rows.gather((heads * self._num_chunks + chunks_Hk).flatten())
+        return rows.view(*chunks_Hk.shape, *rows.shape[1:])
 
     def span(self, start: int, stop: int) -> torch.Tensor:
         """The vectors of chunks start .. stop of every head, [H, stop - start, c, D]."""

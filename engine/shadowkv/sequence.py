@@ -23,7 +23,7 @@ RotationTable = Callable[[int, int], Rotation | None]
 
 @dataclass(kw_only=True)
 class StepCounts:
-    """What decoding steps did, summed over steps, layers and sequences: tokens per KV head, chunks of all heads."""
+    """What decoding did, over all steps, layers and sequences: tokens per KV head, chunks of all heads."""
 
     attended_tokens: int = 0
     context_tokens: int = 0
@@ -86,13 +86,18 @@ class Sequence:
         if self.parked is not None:
             for start in range(0, self.parked.num_tokens, HISTORY_BLOCK_TOKENS):
                 tokens = slice(start, start + HISTORY_BLOCK_TOKENS)
-                yield self.parked.keys[:, tokens].to(self.device), self.parked.values[:, tokens].to(self.device)
+                yield (
+                    self.parked.keys[:, tokens].to(self.device),
+                    self.parked.values[:, tokens].to(self.device),
+                )
 
     def park(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Keeps a chunk of an unfinished prompt exactly, in the value store."""
         if self.parked is None:
             self.device = keys.device
-            self.parked = ExactTokens(device=torch.device("cpu") if self.config.value_store == "host" else None)
+            self.parked = ExactTokens(
+                device=torch.device("cpu") if self.config.value_store == "host" else None
+            )
         self.parked.append(keys, values)
 
     def finish_prompt(self, keys: torch.Tensor, values: torch.Tensor, rotations: RotationTable) -> None:
@@ -121,7 +126,7 @@ class Sequence:
             self._compress(*self.tail.take_front(num_old), rotations)
 
     def _num_compressible(self, num_recent: int, *, long_prompt: bool) -> int:
-        """How many of the tokens after the last segment should become one now: 0 or a multiple of the chunk."""
+        """How many tokens after the last segment should become one now: 0 or a multiple of the chunk."""
         if self.config.runs_dense(self.num_compressed + num_recent):
             return 0
         old = num_recent - self.config.local_tokens
@@ -154,9 +159,9 @@ class Sequence:
         ]
 
     def attend_token(self, query: torch.Tensor, parameters: AttentionParameters) -> torch.Tensor:
-        """Sparse attention of the newest cached token, query [Hq, D], over its history and itself: [Hq, D].
+        """Sparse attention of the newest cached token, query [Hq, D], over its history: [Hq, D].
 
-        Sink and outlier chunks, the selected chunks of every KV head, and the tail, exactly softmaxed together.
+        Sink and outlier chunks, the selected chunks of every KV head, and the tail, in one softmax.
         """
         parts = [(segment.exact_keys, segment.exact_values) for segment in self.segments]
         grouped = query.view(self.tail.keys.shape[0], -1, query.shape[1])

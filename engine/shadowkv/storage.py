@@ -1,4 +1,4 @@
-"""Where cached tensors live: packed rows on the device or in host memory, and a growing buffer of exact tokens.
+"""Where cached tensors live: packed rows on the device or host, and a growing buffer of exact tokens.
 
 Legend: R rows, g groups of a row that share a scale, w elements of a group, H KV heads, n tokens, D head_dim.
 """
@@ -53,7 +53,9 @@ class RowStore:
         rows = rows.to(self.device, non_blocking=True)
         if scales is None:
             return rows
-        return (rows.to(torch.float32) * scales.to(self.device, non_blocking=True).unsqueeze(-1)).to(self.dtype)
+        return (rows.to(torch.float32) * scales.to(self.device, non_blocking=True).unsqueeze(-1)).to(
+            self.dtype
+        )
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -68,10 +70,14 @@ def _pin(owner: object, tensor: torch.Tensor) -> None:
     """
     cudart = torch.cuda.cudart()
     if int(cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) == 0:
-        # The default argument keeps the memory alive until it has been unregistered.
-        weakref.finalize(owner, lambda kept=tensor: cudart.cudaHostUnregister(kept.data_ptr()))
+        # Holding the tensor keeps the memory alive until it has been unregistered.
+        weakref.finalize(owner, _unpin, tensor)
     else:
         logger.warning("host memory could not be pinned (%d bytes); transfers will be slower", tensor.nbytes)
+
+
+def _unpin(tensor: torch.Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
 
 
 class ExactTokens:

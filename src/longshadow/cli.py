@@ -156,7 +156,9 @@ def check_rank(rank: int | None, loaded: "LoadedModel") -> None:
 
     width = key_width(loaded.model.config)
     if rank is not None and rank > width:
-        raise ValueError(f"--rank must be between 1 and {width} (KV heads x head_dim) for this model, got {rank}")
+        raise ValueError(
+            f"--rank must be between 1 and {width} (KV heads x head_dim) for this model, got {rank}"
+        )
 
 
 def _torch_dtype(dtype: DType | None) -> "torch.dtype | None":

@@ -8,16 +8,16 @@ from longshadow.generation import Sampling
 from longshadow.models import DEMO_NAME, load_model
 from longshadow.prompts import encode_prompt
 
-TOPIC = "compound"
-DOCUMENT_CHARACTERS = 18_000
+TOPIC = "typesseq"
+DOCUMENT_CHARACTERS = 20_000
 CODE = "7412"
 FACT = f"The secret launch code of the Aurora station is {CODE}."
-QUESTION = "According to the text above, what is the secret launch code of the Aurora station?"
+QUESTION = "What is the secret launch code of the Aurora station?"
 MAX_NEW_TOKENS = 48
 
 
 def build_document() -> str:
-    """The start of the chapter "Compound statements" that ships with Python, with `FACT` planted in its middle."""
+    """The chapter on sequence types that ships with Python, cut to its start, with `FACT` planted in its middle."""
     from pydoc_data.topics import topics
 
     paragraphs = topics[TOPIC][:DOCUMENT_CHARACTERS].split("\n\n")
@@ -33,7 +33,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     prompt_ids = encode_prompt(loaded.tokenizer, build_document(), QUESTION)
-    print(f"document: Python's chapter on compound statements, {prompt_ids.shape[1]:,} tokens with the question")
+    print(f"document: Python's chapter on sequence types, {prompt_ids.shape[1]:,} tokens with the question")
     print(f"planted in its middle: {FACT}\nquestion: {QUESTION}\n", flush=True)
     sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS)
     report = answer(loaded, prompt_ids, sampling, ShadowKVConfig(), compare=True, stream=True)

@@ -84,7 +84,9 @@ def full_cache_bytes(config: PreTrainedConfig, num_tokens: int, itemsize: int) -
     Sliding-window layers hold at most their window, linear-attention layers no keys.
     """
     text_config = config.get_text_config()
-    layer_types = getattr(text_config, "layer_types", None) or ["full_attention"] * text_config.num_hidden_layers
+    layer_types = (
+        getattr(text_config, "layer_types", None) or ["full_attention"] * text_config.num_hidden_layers
+    )
     window = getattr(text_config, "sliding_window", None) or num_tokens
     tokens_per_type = {"full_attention": num_tokens, "sliding_attention": min(num_tokens, window)}
     tokens = sum(tokens_per_type.get(layer_type, 0) for layer_type in layer_types)
@@ -224,7 +226,11 @@ def _prefill_hooks(model: PreTrainedModel, on_prefill: PrefillCallback) -> Itera
     """Reports every decoder layer of the model's first pass."""
     num_layers = model.config.get_text_config().num_hidden_layers
     layers = next(
-        (module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers),
+        (
+            module
+            for module in model.modules()
+            if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers
+        ),
         torch.nn.ModuleList(),
     )
     num_done = 0
@@ -244,5 +250,7 @@ def _prefill_hooks(model: PreTrainedModel, on_prefill: PrefillCallback) -> Itera
 
 
 def _dynamic_cache_bytes(cache: DynamicCache) -> int:
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    tensors = [
+        tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None
+    ]
     return sum(tensor.nbytes for tensor in tensors)

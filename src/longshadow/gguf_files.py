@@ -110,10 +110,14 @@ def sha256(path: Path) -> str:
 
 def _convert(source: Path, source_sha256: str, target: Path) -> None:
     if sha256(source) != source_sha256:
-        raise ValueError(f"{source} is damaged: its sha256 is not {source_sha256}; install or download it again")
+        raise ValueError(
+            f"{source} is damaged: its sha256 is not {source_sha256}; install or download it again"
+        )
     logger.info("converting %s to safetensors in %s (once)", source.name, target)
     partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # we hold the lock: what lies there was left by a killed process
+    shutil.rmtree(
+        partial, ignore_errors=True
+    )  # we hold the lock: what lies there was left by a killed process
     try:
         partial.mkdir()
         _write_model(source, partial)
@@ -167,7 +171,9 @@ def _replace_folder(new: Path, target: Path) -> None:
 
 def _write_message(folder: Path, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: no room for the converted model in {folder}; free some space or {_ELSEWHERE}"
+        return (
+            f"the disk is full: no room for the converted model in {folder}; free some space or {_ELSEWHERE}"
+        )
     return f"cannot write to the cache folder {folder} ({error.strerror or error}); {_ELSEWHERE}"
 
 

@@ -79,7 +79,9 @@ def choose_device(device: torch.device | str | None) -> torch.device:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"device {str(device)!r} cannot be used here ({reason}); try --device cpu") from error
+        raise ValueError(
+            f"device {str(device)!r} cannot be used here ({reason}); try --device cpu"
+        ) from error
     return chosen
 
 
@@ -133,7 +135,9 @@ def _check_name(name: str, path: Path) -> None:
     elif path.exists():
         raise ValueError(f"{name} is a file but no .gguf; give a model folder, a .gguf file or a hub id")
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise ValueError(f"there is no folder {name}, and it cannot be a hub id (those look like owner/model)")
+        raise ValueError(
+            f"there is no folder {name}, and it cannot be a hub id (those look like owner/model)"
+        )
 
 
 def _load_pretrained(

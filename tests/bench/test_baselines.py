@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from bench.baselines.exact_cache import ExactCache, exact_attention
+from bench.baselines.exact_cache import ExactLayer, exact_attention
 from bench.baselines.selections import QUEST_PAGE_TOKENS, STREAMING_SINK_TOKENS, selection_makers
 from bench.quality import feed, prefill
 
@@ -17,7 +17,7 @@ def model():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128,
-        hidden_size=64,
+        hidden_size=96,
         intermediate_size=128,
         num_hidden_layers=3,
         num_attention_heads=6,
@@ -124,9 +124,7 @@ def select(name, fraction, queries, keys, layer):
 @pytest.fixture
 def layer():
     """One layer, head and group: 64 keys of which only number 37 points where the queries do."""
-    cache = ExactCache.empty(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, hidden_size=8, vocab_size=8,
-        intermediate_size=8, num_attention_heads=1)))  # fmt: skip
-    layer = cache.layers[0]
+    layer = ExactLayer()
     keys = torch.zeros(1, 1, 64, 4)
     keys[..., 0] = -1.0
     keys[0, 0, 37, 0] = 5.0

@@ -24,7 +24,11 @@ def dense(query, keys, values, parameters, visible):
 def inputs(num_queries: int, num_keys: int):
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(6, num_queries, 16, generator=generator) * 3
-    return query, torch.randn(2, num_keys, 16, generator=generator), torch.randn(2, num_keys, 8, generator=generator)
+    return (
+        query,
+        torch.randn(2, num_keys, 16, generator=generator),
+        torch.randn(2, num_keys, 8, generator=generator),
+    )
 
 
 PARAMETERS = {

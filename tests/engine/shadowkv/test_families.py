@@ -1,4 +1,4 @@
-"""Every family: equal to the stock cache when nothing is left out, equal to a dense computation when much is."""
+"""Every family: equal to the stock cache with everything kept, to a dense computation with little."""
 
 import pytest
 import torch
@@ -38,7 +38,9 @@ def teacher_forced_logits(model, ids, mask, steps, cache) -> torch.Tensor:
     """Logits of the prompt's last token and of each forced token, [1 + steps, 2, vocabulary]."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        logits = [model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1]]
+        logits = [
+            model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1]
+        ]
         for step in range(steps.shape[1]):
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             positions = mask.sum(1, keepdim=True) - 1
@@ -92,4 +94,6 @@ def test_compressed_decoding_equals_a_dense_masked_computation(family: str) -> N
     assert all(len(energies) == 2 for energies in statistics.energy_kept), "no generated segment was made"
     with torch.no_grad():
         full = teacher_forced_logits(model, ids, mask, steps, DynamicCache(config=model.config))
-    assert (actual - full).abs().max() > 1e-3 * full.abs().max(), "compression changed nothing: the test is blind"
+    assert (actual - full).abs().max() > 1e-3 * full.abs().max(), (
+        "compression changed nothing: the test is blind"
+    )
