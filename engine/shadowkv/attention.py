@@ -87,7 +87,7 @@ def attention_forward(
             out = layer.attend(query, key, value, attention_mask, position_ids, parameters)
         elif expected is not None and expected() is not None:
             raise RuntimeError(
-                f"{type(module).__name__} copies its keys between cache and attention, so the cache's history "
+                f"{type(module).__name__} copies its keys between cache and attention, so the history "
                 "would be lost: this model is not supported by ShadowKV"
             )
         else:

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -53,6 +53,8 @@ class ShadowKVCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel, config: ShadowKVConfig) -> None:
+        if config.prefill_chunk_size is None and model.generation_config is not None:
+            config = replace(config, prefill_chunk_size=model.generation_config.prefill_chunk_size)
         described, angles = describe_attention(model)
         attention_layers = [layer for layer in described if layer is not None]
         width = max(layer.key_width for layer in attention_layers)

@@ -40,8 +40,8 @@ class ShadowKVConfig:
         value_dtype: None (the model's) or "int8" (a scale per token and head), also for exact stored keys.
         factor_dtype: None (the model's) or "int8" for the low-rank factor and the landmarks.
         prefill_chunk_size: must equal `generate(prefill_chunk_size=...)` when prompts are prefilled in
-            chunks: forwards of exactly this many tokens are taken as unfinished prompts and stay exact
-            until the prompt's last chunk.
+            chunks (default: the model's generation_config's): forwards of exactly this many tokens are
+            taken as unfinished prompts and stay exact until the prompt's last chunk.
         sparse_prompts: later turns' prompt tokens select chunks too, each its own, instead of attending
             to the whole history.
     """

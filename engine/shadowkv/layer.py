@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
+from transformers.utils import logging
 
 from longshadow.engine.shadowkv.attention import expect_handoff, mark
 from longshadow.engine.shadowkv.config import ShadowKVConfig
 from longshadow.engine.shadowkv.exact import AttentionParameters
 from longshadow.engine.shadowkv.families import AttentionLayer
 from longshadow.engine.shadowkv.memory import PeakMemory
-from longshadow.engine.shadowkv.positions import TokenPositions
+from longshadow.engine.shadowkv.positions import Rows, TokenPositions
 from longshadow.engine.shadowkv.rope import Rotation
 from longshadow.engine.shadowkv.sequence import RotationTable, Sequence, StepCounts
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -48,6 +51,7 @@ class ShadowKVLayer(CacheLayerMixin):
         self._attention = attention
         self._num_seen = 0
         self._num_expected = 0
+        self._num_last = 0
         self.sequences: list[Sequence] = []
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -104,8 +108,8 @@ class ShadowKVLayer(CacheLayerMixin):
         Returns [B, Hq, T, Dv]; zeros for padding.
         """
         batch_size, num_heads, num_new, _ = query.shape
-        self._note_positions(batch_size, num_new, mask, position_ids)
-        rows = self._rows
+        rows = self._note_positions(batch_size, num_new, mask, position_ids)
+        self._notice_chunks(num_new)
         out = query.new_zeros(batch_size, num_heads, num_new, values.shape[3])
         for index, sequence in enumerate(self.sequences):
             row = rows[index]
@@ -117,9 +121,9 @@ class ShadowKVLayer(CacheLayerMixin):
 
     def _note_positions(
         self, batch_size: int, num_new: int, mask: torch.Tensor | None, position_ids: torch.Tensor | None
-    ) -> None:
+    ) -> Rows:
         positions = self._state.positions
-        self._rows = positions.begin(self._num_seen, batch_size, num_new, mask)
+        rows = positions.begin(self._num_seen, batch_size, num_new, mask)
         self._num_seen += num_new
         if self._attention.layout is not None and self._state.config.key_store == "low_rank":
             if position_ids is None or position_ids.dim() != 2:
@@ -127,6 +131,16 @@ class ShadowKVLayer(CacheLayerMixin):
                     f"{type(self._attention.module).__name__} does not pass position_ids [batch, tokens] on"
                 )
             positions.log_rotation(self._attention.layer_type, position_ids)
+        return rows
+
+    def _notice_chunks(self, num_new: int) -> None:
+        """Warns of what looks like a prompt in chunks that the configuration does not know of."""
+        if num_new > 1 and num_new == self._num_last and num_new != self._state.config.prefill_chunk_size:
+            logger.warning_once(
+                f"two prompts of {num_new} tokens in a row: if they are chunks of one prompt, say so with "
+                f"ShadowKVConfig(prefill_chunk_size={num_new}), or later chunks attend to compressed keys"
+            )
+        self._num_last = num_new
 
     def _attend_sequence(
         self,
@@ -205,7 +219,7 @@ class ShadowKVLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets all tokens."""
-        self._num_seen = self._num_expected = 0
+        self._num_seen = self._num_expected = self._num_last = 0
         self.sequences = []
         self.is_initialized = False
 

@@ -1,6 +1,7 @@
 """The cache as a user meets it: turns, chunked prefill, beams, memory, leaving, refusals."""
 
 import gc
+import logging
 import weakref
 from itertools import chain
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from longshadow.engine.shadowkv import ShadowKVCache, ShadowKVConfig
+from longshadow.engine.shadowkv import layer as layer_module
 from longshadow.engine.shadowkv.layer import ShadowKVLayer
 from tests.engine.shadowkv.families import tiny_model
 
@@ -67,6 +69,23 @@ def test_sparse_prompts_select_for_every_token(llama: Any) -> None:
             logits = llama(prompt(30, seed=2), past_key_values=cache).logits[0, -1]
         assert (int(logits.argmax()) == int(expected[0, 160])) or not equal
         assert (cache.statistics().attended_fraction == 1.0) == equal
+
+
+def test_chunks_that_the_configuration_does_not_know_of_are_noticed(
+    llama: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(layer_module.logger, "propagate", True)
+    with ShadowKVCache.for_model(llama, ShadowKVConfig(**COMPRESSING)) as cache:
+        generate(llama, prompt(200), cache, prefill_chunk_size=80)
+    assert "ShadowKVConfig(prefill_chunk_size=80)" in caplog.text
+
+
+def test_the_chunk_size_comes_from_the_models_generation_config() -> None:
+    model = tiny_model("llama")
+    model.generation_config.prefill_chunk_size = 64
+    with ShadowKVCache.for_model(model, ShadowKVConfig(**COMPRESSING)) as cache:
+        assert cache.config.prefill_chunk_size == 64
 
 
 @pytest.mark.parametrize("num_tokens", [150, 192])  # the last chunk shorter than the others, and full
