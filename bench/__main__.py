@@ -21,15 +21,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("list", help="the tables and what they measure")
     run = commands.add_parser("run", help="measure a table and write its record")
     run.add_argument("table", help="a name from `list`")
-    run.add_argument(
-        "--quick", action="store_true", help="a small version, for trying; its record is scratch"
-    )
+    run.add_argument("--quick", action="store_true", help="a small version, for trying; its record is scratch")
     run.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--output", type=Path, help="write the record to this file instead")
-    run.add_argument(
-        "--fresh", action="store_true", help="measure again what an interrupted run has finished"
-    )
+    run.add_argument("--fresh", action="store_true", help="measure again what an interrupted run has finished")
     run.add_argument("--commit", help="the commit being measured, where there is no git (or COMMIT)")
     commands.add_parser("render", help="write RESULTS.md from the tracked records")
     commands.add_parser("verify", help="fail when RESULTS.md differs from the tracked records")

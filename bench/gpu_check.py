@@ -59,9 +59,7 @@ STEPS = (
 )
 
 
-def run_steps(
-    steps: Sequence[Step], environment: Mapping[str, str], *, limit_seconds: float = STEP_SECONDS
-) -> int:
+def run_steps(steps: Sequence[Step], environment: Mapping[str, str], *, limit_seconds: float = STEP_SECONDS) -> int:
     """Runs the steps that `environment` asks for; returns the exit status, 1 when any of them failed.
 
     Raises ValueError for an unknown STEP, a missing OUT, and a step whose wheels are not installed.

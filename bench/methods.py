@@ -16,6 +16,7 @@ from longshadow import ShadowKVCache, ShadowKVConfig
 
 FULL_ATTENTION = "full attention"
 CHUNK_TOKENS = 8
+FINE_CHUNK_TOKENS = 4
 SINK_CHUNKS = 1
 
 
@@ -63,6 +64,7 @@ class Method:
     fraction: float
     rank: int | None = None
     key_store: Literal["low_rank", "exact"] | None = None
+    chunk_tokens: int = CHUNK_TOKENS
 
     @property
     def is_shadowkv(self) -> bool:
@@ -75,9 +77,11 @@ def all_methods(fractions: Sequence[float], ranks: Sequence[int]) -> list[Method
     methods = [Method(name=FULL_ATTENTION, fraction=1.0)]
     for fraction in fractions:
         for rank in ranks:
-            methods.append(
-                Method(name=f"ShadowKV rank {rank}", fraction=fraction, rank=rank, key_store="low_rank")
-            )
+            methods.append(Method(name=f"ShadowKV rank {rank}", fraction=fraction, rank=rank, key_store="low_rank"))
+        finer = f"ShadowKV rank {ranks[0]}, chunks of {FINE_CHUNK_TOKENS}"
+        methods.append(
+            Method(name=finer, fraction=fraction, rank=ranks[0], key_store="low_rank", chunk_tokens=FINE_CHUNK_TOKENS)
+        )
         methods.append(Method(name="ShadowKV exact keys", fraction=fraction, key_store="exact"))
         methods += [Method(name=name, fraction=fraction) for name in selection_makers(fraction)]
     return methods
@@ -91,15 +95,16 @@ def shadowkv_config(method: Method, plan: DecodePlan) -> ShadowKVConfig:
     """
     assert method.key_store is not None
     total = method.fraction * plan.mean_context()
-    num_outliers = round(total / 8 / CHUNK_TOKENS)
-    rest = total - (SINK_CHUNKS + num_outliers) * CHUNK_TOKENS - plan.mean_tail()
-    num_selected = round(rest / CHUNK_TOKENS)
+    chunk = method.chunk_tokens
+    num_outliers = round(total / 8 / chunk)
+    rest = total - (SINK_CHUNKS + num_outliers) * chunk - plan.mean_tail()
+    num_selected = round(rest / chunk)
     if num_selected < 1:
         raise ValueError(f"an attended fraction of {method.fraction:.4f} leaves ShadowKV nothing to select")
     return ShadowKVConfig(
-        budget_tokens=num_selected * CHUNK_TOKENS,
+        budget_tokens=num_selected * chunk,
         rank=method.rank,
-        chunk_size=CHUNK_TOKENS,
+        chunk_size=chunk,
         num_sink_chunks=SINK_CHUNKS,
         num_outlier_chunks=num_outliers,
         local_tokens=plan.local_tokens,

@@ -23,9 +23,7 @@ ANSWER_TOKENS = 12
 # A document's chat frame and question in tokens, roughly: what the document leaves of the context.
 FRAME_TOKENS = 90
 
-SYSTEM = (
-    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-)
+SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 USER = "<|im_start|>user\n"
 ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 END = "<|im_end|>"
@@ -85,9 +83,7 @@ def _make_needle(
     question = QUESTION.format(city=city)
     answer = ASSISTANT + ANSWER_START.format(city=city)
     first_turn = (
-        "\n\nI will ask a question about this text."
-        + ASSISTANT
-        + "I have read the text. What is your question?"
+        "\n\nI will ask a question about this text." + ASSISTANT + "I have read the text. What is your question?"
     )
     return Needle(
         document=_encode(tokenizer, SYSTEM + USER) + document,

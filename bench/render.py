@@ -116,9 +116,7 @@ def render_page(records: Sequence[Record]) -> str:
             if record.table in table_names():
                 table = load_table(record.table)
                 label = heading if on_cpu else record.device
-                parts.append(
-                    f"### {table.title} ({label})\n\n{table.about}\n\n{render_record(record, table)}\n"
-                )
+                parts.append(f"### {table.title} ({label})\n\n{table.about}\n\n{render_record(record, table)}\n")
     return "\n".join(parts)
 
 

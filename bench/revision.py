@@ -13,6 +13,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # What a benchmark run itself writes must not make the next run of the same code look dirty.
 WRITTEN_BY_RUNS = ("bench/results", "bench/RESULTS.md")
 
+DECIDING_SOURCES = (
+    "engine/**/*.py",
+    "bench/**/*.py",
+    "src/longshadow/models.py",
+    "src/longshadow/gguf_files.py",
+)
+
 
 def _git(*arguments: str, repository: Path) -> str | None:
     try:
@@ -24,9 +31,7 @@ def _git(*arguments: str, repository: Path) -> str | None:
     return done.stdout.strip()
 
 
-def current_revision(
-    *, commit: str | None, environment: Mapping[str, str], repository: Path = REPOSITORY
-) -> Revision:
+def current_revision(*, commit: str | None, environment: Mapping[str, str], repository: Path = REPOSITORY) -> Revision:
     """The revision of `repository`, or `commit` (or COMMIT of `environment`) where git cannot tell.
 
     A commit given by hand is believed: it is meant for machines that hold an export of a clean checkout.
@@ -43,10 +48,10 @@ def current_revision(
 
 
 def source_hash(repository: Path = REPOSITORY) -> str:
-    """A hash of the Python sources that decide a benchmark's numbers; rows cached under another hash are stale."""
+    """A hash of the sources that decide a table's numbers; rows cached under another hash are stale."""
     digest = hashlib.sha256()
-    for folder in ("engine", "bench", "src"):
-        for path in sorted((repository / folder).rglob("*.py")):
+    for pattern in DECIDING_SOURCES:
+        for path in sorted(repository.glob(pattern)):
             digest.update(str(path.relative_to(repository)).encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

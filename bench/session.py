@@ -49,9 +49,7 @@ class UnitStore:
         self._units.clear()
         if not self.path.exists():
             return
-        others = [
-            line for line in self.path.read_text(encoding="utf-8").splitlines() if self._is_of_another(line)
-        ]
+        others = [line for line in self.path.read_text(encoding="utf-8").splitlines() if self._is_of_another(line)]
         if others:
             self.path.write_text("\n".join(others), encoding="utf-8")
         else:

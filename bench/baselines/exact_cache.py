@@ -34,9 +34,7 @@ class Selection(Protocol):
 
     evicts: bool
 
-    def select(
-        self, query_HGTD: torch.Tensor, keys_HnD: torch.Tensor, visible_Tn: torch.Tensor
-    ) -> torch.Tensor:
+    def select(self, query_HGTD: torch.Tensor, keys_HnD: torch.Tensor, visible_Tn: torch.Tensor) -> torch.Tensor:
         """The tokens to attend to, [H, T, n] (bool), among the causally visible ones; queries are the last T."""
 
 
@@ -90,9 +88,7 @@ class ExactLayer(CacheLayerMixin):  # type: ignore[misc]
         self._remember(query_HGTD * scaling)
         decoding = num_new == 1 or self.teacher_forced
         if num_new == self.num_tokens:
-            return F.scaled_dot_product_attention(
-                query, keys, values, is_causal=True, scale=scaling, enable_gqa=True
-            )
+            return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling, enable_gqa=True)
         position = torch.arange(self.num_tokens - num_new, self.num_tokens, device=query.device)
         visible_Tn = torch.arange(self.num_tokens, device=query.device) <= position.unsqueeze(1)
         mask_HTn = visible_Tn.expand(keys.shape[1], -1, -1)
@@ -161,9 +157,7 @@ class ExactCache(Cache):  # type: ignore[misc]
         """A cache for `model` without tokens."""
         return cls([ExactLayer() for _ in range(model.config.num_hidden_layers)])
 
-    def fork(
-        self, make_selection: SelectionMaker | None = None, *, teacher_forced: bool = False
-    ) -> ExactCache:
+    def fork(self, make_selection: SelectionMaker | None = None, *, teacher_forced: bool = False) -> ExactCache:
         """A cache with the same tokens that goes on under a selection of its own.
 
         `teacher_forced`: blocks of several tokens are decoded tokens given in advance, so each selects for itself;

@@ -47,9 +47,7 @@ class OracleTopK:
     def __init__(self, layer: ExactLayer, *, fraction: float) -> None:
         self._fraction = fraction
 
-    def select(
-        self, query_HGTD: torch.Tensor, keys_HnD: torch.Tensor, visible_Tn: torch.Tensor
-    ) -> torch.Tensor:
+    def select(self, query_HGTD: torch.Tensor, keys_HnD: torch.Tensor, visible_Tn: torch.Tensor) -> torch.Tensor:
         """See `Selection.select`."""
         logits = torch.matmul(query_HGTD, keys_HnD.transpose(1, 2).unsqueeze(1))
         return keep_best(group_scores(logits, visible_Tn), budgets(self._fraction, visible_Tn))
@@ -68,9 +66,7 @@ class Quest:
         _, num_heads, _, head_dim = layer.keys.shape
         self._low_HPD = self._high_HPD = layer.keys.new_empty(num_heads, 0, head_dim)
 
-    def select(
-        self, query_HGTD: torch.Tensor, keys_HnD: torch.Tensor, visible_Tn: torch.Tensor
-    ) -> torch.Tensor:
+    def select(self, query_HGTD: torch.Tensor, keys_HnD: torch.Tensor, visible_Tn: torch.Tensor) -> torch.Tensor:
         """See `Selection.select`."""
         num_tokens = keys_HnD.shape[1]
         self._bound_new_pages(keys_HnD)
@@ -85,9 +81,7 @@ class Quest:
         pages = keep_best(group_scores(logits, candidates_TP), torch.minimum(counts_T, num_full_T))
         tokens = pages.repeat_interleave(QUEST_PAGE_TOKENS, dim=2)
         tokens = F.pad(tokens, (0, num_tokens - tokens.shape[2]))
-        filling_Tn = torch.arange(num_tokens, device=logits.device) >= (
-            num_full_T * QUEST_PAGE_TOKENS
-        ).unsqueeze(1)
+        filling_Tn = torch.arange(num_tokens, device=logits.device) >= (num_full_T * QUEST_PAGE_TOKENS).unsqueeze(1)
         return tokens | filling_Tn
 
     def _bound_new_pages(self, keys_HnD: torch.Tensor) -> None:
@@ -107,13 +101,9 @@ class StreamingLLM:
     def __init__(self, layer: ExactLayer, *, fraction: float) -> None:
         self._fraction = fraction
 
-    def select(
-        self, query_HGTD: torch.Tensor, keys_HnD: torch.Tensor, visible_Tn: torch.Tensor
-    ) -> torch.Tensor:
+    def select(self, query_HGTD: torch.Tensor, keys_HnD: torch.Tensor, visible_Tn: torch.Tensor) -> torch.Tensor:
         """See `Selection.select`."""
-        age_Tn = (
-            visible_Tn.sum(1, keepdim=True) - 1 - torch.arange(keys_HnD.shape[1], device=visible_Tn.device)
-        )
+        age_Tn = visible_Tn.sum(1, keepdim=True) - 1 - torch.arange(keys_HnD.shape[1], device=visible_Tn.device)
         window_T1 = (budgets(self._fraction, visible_Tn) - STREAMING_SINK_TOKENS).clamp(min=1).unsqueeze(1)
         sink_n = torch.arange(keys_HnD.shape[1], device=visible_Tn.device) < STREAMING_SINK_TOKENS
         return ((age_Tn < window_T1) | sink_n).expand(keys_HnD.shape[0], -1, -1)
@@ -147,9 +137,7 @@ class SnapKV:
             1, order, torch.arange(layer.num_tokens, device=keys.device).expand_as(order)
         )
 
-    def select(
-        self, query_HGTD: torch.Tensor, keys_HnD: torch.Tensor, visible_Tn: torch.Tensor
-    ) -> torch.Tensor:
+    def select(self, query_HGTD: torch.Tensor, keys_HnD: torch.Tensor, visible_Tn: torch.Tensor) -> torch.Tensor:
         """See `Selection.select`."""
         num_later = keys_HnD.shape[1] - self._num_prompt
         budget_T = budgets(self._fraction, visible_Tn)

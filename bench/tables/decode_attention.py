@@ -243,8 +243,7 @@ def measure_parts(
                 laps.setdefault(part, []).append(seconds)
     timings = {part: Timing(seconds=tuple(seconds)) for part, seconds in laps.items()}
     return [
-        {"context": context.tokens, "method": f"{name}: {part}", "share": timing.median / whole.median}
-        | timing.row()
+        {"context": context.tokens, "method": f"{name}: {part}", "share": timing.median / whole.median} | timing.row()
         for part, timing in timings.items()
     ]
 
@@ -277,18 +276,14 @@ def bytes_of_step(tokens: SyntheticTokens, sequence: Sequence | None) -> int:
         return tensor_bytes(tokens.keys, tokens.values)
     [segment] = sequence.segments
     element = tokens.keys.element_size()
-    num_selected = (
-        SHAPE.num_kv_heads * sequence.config.num_selected_chunks(sequence.num_tokens) * segment.chunk_size
-    )
+    num_selected = SHAPE.num_kv_heads * sequence.config.num_selected_chunks(sequence.num_tokens) * segment.chunk_size
     num_bytes = tensor_bytes(*segment.landmarks.tensors, segment.exact_keys, segment.exact_values)
     num_bytes += tensor_bytes(sequence.tail.keys, sequence.tail.values)
     num_bytes += num_selected * SHAPE.head_dim * element
     if not isinstance(segment.keys, LowRankKeys):
         return num_bytes + num_selected * SHAPE.head_dim * element
     angles = SHAPE.head_dim * tokens.rotation.cos.element_size()
-    return (
-        num_bytes + num_selected * (RANK * element + angles) + tensor_bytes(*segment.keys.tensors()["basis"])
-    )
+    return num_bytes + num_selected * (RANK * element + angles) + tensor_bytes(*segment.keys.tensors()["basis"])
 
 
 def _quick(config: Config) -> Config:
@@ -307,9 +302,11 @@ def _target(tokens: int, method: str, at_least: float) -> Target:
 TABLE: Table = Table(
     name="decode_attention",
     title="One decode-attention step",
-    about="Llama-3.1-8B shapes (32 query heads, 8 KV heads of 128), one layer, batch 1, hit rate 0: no chunk stays from "
+    about="Llama-3.1-8B shapes (32 query heads, 8 KV heads of 128), one layer, batch 1, "
+    "hit rate 0: no chunk stays from "
     "one step to the next, except in the row with resident slots. 512 selected tokens at 32K, 2,048 and 384 outlier "
-    "tokens at 128K; rank 160. The speed-up is against the faster of the two full caches, paired within rounds. Bytes are "
+    "tokens at 128K; rank 160. The speed-up is against the faster of the two full "
+    "caches, paired within rounds. Bytes are "
     "the least a step has to read. The rows below the steps time their parts within a step, with their share of it.",
     configs={"cpu": Config(), "cuda": Config(dtype="bfloat16", repeats=101, warmup=10)},
     quick=_quick,

@@ -88,9 +88,7 @@ def check_caches(model: LlamaForCausalLM, config: Config) -> Check:
     """A prompt and a token through every cache, ShadowKV with everything selected, against DynamicCache."""
     num_tokens = config.prefill_context // 8
     tokens = random_tokens(model, num_tokens + 1)
-    everything = ShadowKVConfig(
-        budget_tokens=num_tokens, rank=SHAPE.num_kv_heads * SHAPE.head_dim, dense_threshold=0
-    )
+    everything = ShadowKVConfig(budget_tokens=num_tokens, rank=SHAPE.num_kv_heads * SHAPE.head_dim, dense_threshold=0)
     logits = {}
     for name in (DYNAMIC, PREALLOCATED):
         with empty_cache(model, name, num_tokens + 1) as cache:
@@ -105,7 +103,8 @@ def check_caches(model: LlamaForCausalLM, config: Config) -> Check:
     return Check(
         passed=error <= TOLERANCE,
         max_error=error,
-        text=f"logits of every cache, ShadowKV at full rank and budget, against DynamicCache after {num_tokens:,} tokens, "
+        text=f"logits of every cache, ShadowKV at full rank and budget, against DynamicCache "
+        f"after {num_tokens:,} tokens, "
         f"largest difference / largest logit = {error:.1e} (at most {TOLERANCE:.0e})",
     )
 
@@ -131,10 +130,7 @@ def measure_prefill(model: LlamaForCausalLM, config: Config, session: Session) -
 
     meters = {name: PeakMemoryMeter(session.device) for name in (DYNAMIC, PREALLOCATED, SHADOWKV)}
     timings = time_interleaved(
-        {
-            name: Candidate(run=partial(prefill, name), prepare=partial(renew, meters, name, session))
-            for name in meters
-        },
+        {name: Candidate(run=partial(prefill, name), prepare=partial(renew, meters, name, session)) for name in meters},
         repeats=config.prefill_repeats,
         warmup=0,
         device=session.device,
@@ -196,9 +192,7 @@ def measure_decoding(model: LlamaForCausalLM, config: Config, session: Session) 
     tokens = random_tokens(model, num_steps)
     with ExitStack() as opened:
         for name in (SHADOWKV, SHADOWKV_EXACT):
-            caches[name] = opened.enter_context(
-                ShadowKVCache.from_exact(model, shadowkv_config(name), dynamic)
-            )
+            caches[name] = opened.enter_context(ShadowKVCache.from_exact(model, shadowkv_config(name), dynamic))
         session.progress("decoding")
         timings = time_interleaved(
             {
@@ -244,8 +238,10 @@ DECODING = {"part": "decode", "method": SHADOWKV}
 TABLE: Table = Table(
     name="decode_end_to_end",
     title="Decoding and prefill of a whole model",
-    about="SmolLM2-135M's architecture with random weights, batch 1, ShadowKV's default configuration. Decoding at 32K: "
-    "seconds per token through the whole model, caches filled with random tokens. Prefill at 8K: the median is the time to "
+    about="SmolLM2-135M's architecture with random weights, batch 1, ShadowKV's default "
+    "configuration. Decoding at 32K: "
+    "seconds per token through the whole model, caches filled with random tokens. "
+    "Prefill at 8K: the median is the time to "
     "the first token, the peak what the process takes beyond its weights, activations included; the last prefill row "
     "compresses such a prompt alone, with its share of ShadowKV's time to first token.",
     configs={"cpu": Config(), "cuda": Config(dtype="bfloat16")},

@@ -66,9 +66,7 @@ def make_shadow_cache(
     session: Session,
 ) -> ShadowKVCache:
     """A compressed prompt and one decoded token."""
-    exact = make_cache(
-        PROBE, num_tokens, rank=RANK, dtype=torch.bfloat16, device=session.device, seed=session.seed
-    )
+    exact = make_cache(PROBE, num_tokens, rank=RANK, dtype=torch.bfloat16, device=session.device, seed=session.seed)
     cache_config = ShadowKVConfig(
         budget_tokens=config.selected_tokens,
         rank=RANK,
@@ -139,8 +137,10 @@ TABLE = Table(
     name="memory",
     title="Device bytes per token and layer",
     about="Llama-3.1-8B shapes (8 KV heads of 128, 32 layers), rank 160, bf16, values in host memory (on a machine "
-    "without a GPU: what would be). The slope between 32K and 64K tokens; resident slots (1,024 selected tokens), sink and "
-    "outlier chunks, recent tokens and the basis do not grow with the context and stand apart. The rotation is one table "
+    "without a GPU: what would be). The slope between 32K and 64K tokens; resident "
+    "slots (1,024 selected tokens), sink and "
+    "outlier chunks, recent tokens and the basis do not grow with the context and "
+    "stand apart. The rotation is one table "
     "for all layers and counted by 1/32.",
     configs={"cpu": Config(), "cuda": Config()},
     quick=lambda config: replace(config, short_tokens=4096, long_tokens=8192),
@@ -156,9 +156,7 @@ TABLE = Table(
     ),
     targets=(
         Target(text="ShadowKV in bf16", row={"cache": BF16}, column="device", at_most=584),
-        Target(
-            text="ShadowKV with int8 factors and landmarks", row={"cache": INT8}, column="device", at_most=320
-        ),
+        Target(text="ShadowKV with int8 factors and landmarks", row={"cache": INT8}, column="device", at_most=320),
     ),
     run=run,
 )

@@ -141,7 +141,8 @@ TABLE = Table(
     title="Needles found at 4,000 tokens",
     about="SmolLM2-135M-Instruct (real weights, fp32) is asked for a number hidden in chapters of the Python language "
     "reference, at evenly spread depths; greedy decoding. All methods continue the same exact prefill. The attended "
-    "share counts every token a decoded token attends to (sink, outliers, selected, local and generated ones), mean over "
+    "share counts every token a decoded token attends to (sink, outliers, selected, "
+    "local and generated ones), mean over "
     "layers, KV heads and steps. In a second turn the question's own tokens attend to everything, except for the "
     "evicting methods (SnapKV, StreamingLLM), whose cache has been cut at the end of the document.",
     configs={"cpu": Config(), "cuda": Config()},

@@ -48,18 +48,14 @@ def run(config: Config, session: Session) -> Outcome:
     texts = make_texts(loaded, config)
     results: list[dict[str, Any]] = []
     with torch.inference_mode():
-        check = check_full_size(
-            loaded.model, texts[0][: config.prefix_tokens], texts[0][config.prefix_tokens]
-        )
+        check = check_full_size(loaded.model, texts[0][: config.prefix_tokens], texts[0][config.prefix_tokens])
         for index, text in enumerate(texts):
             # Not run at all when an earlier run has finished every method of the text.
             shared = cache(partial(prefill, loaded.model, text[: config.prefix_tokens]))
             for number, method in enumerate(methods):
                 unit = f"text {index + 1} of {len(texts)}, {method.name} at {method.fraction:.4f}"
                 session.progress(f"{unit} ({number + 1} of {len(methods)})")
-                results.append(
-                    session.unit(unit, partial(measure, loaded.model, shared, text, method, config))
-                )
+                results.append(session.unit(unit, partial(measure, loaded.model, shared, text, method, config)))
     return Outcome(rows=summarize(results, methods), check=check)
 
 
@@ -99,9 +95,7 @@ def measure(
         }
 
 
-def continuation_loss(
-    model: PreTrainedModel, opened: Cache, continuation: list[int], *, one_by_one: bool
-) -> float:
+def continuation_loss(model: PreTrainedModel, opened: Cache, continuation: list[int], *, one_by_one: bool) -> float:
     """Mean loss of each token of `continuation` but the first, given those before it.
 
     The baselines take the block at once, each token under a mask of its own, which is the same computation
@@ -122,9 +116,7 @@ def summarize(results: list[dict[str, Any]], methods: list[Method]) -> list[Row]
     full_loss = 0.0
     for method in methods:
         of_row = [
-            result
-            for result in results
-            if (result["method"], result["fraction"]) == (method.name, method.fraction)
+            result for result in results if (result["method"], result["fraction"]) == (method.name, method.fraction)
         ]
         loss = fmean(result["loss"] for result in of_row)
         full_loss = loss if method.name == FULL_ATTENTION else full_loss
@@ -146,7 +138,8 @@ TABLE = Table(
     title="Perplexity of 256 decoded tokens after 4,000",
     about="SmolLM2-135M-Instruct (real weights, fp32), teacher-forced decoding of 256 tokens after an exact prefill of "
     "4,000 tokens of the Python language reference or of docstrings of the standard library; exp of the mean loss over "
-    "all texts. The attended share counts every token a decoded token attends to, mean over layers, KV heads and steps.",
+    "all texts. The attended share counts every token a decoded token attends to, "
+    "mean over layers, KV heads and steps.",
     configs={"cpu": Config(), "cuda": Config()},
     quick=lambda config: replace(config, num_texts=2, decoded_tokens=64),
     columns=(

@@ -72,9 +72,7 @@ def attention_forward(
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(f"attention masks are [batch, tokens] here, got shape {list(attention_mask.shape)}")
     if module.training and torch.is_grad_enabled():
-        raise RuntimeError(
-            "longshadow's attention is for inference: call model.eval() or leave the cache first"
-        )
+        raise RuntimeError("longshadow's attention is for inference: call model.eval() or leave the cache first")
     expected = _expected.pop(module, None)
     layer: AttendingLayer | None = getattr(key, _LAYER, None)
     parameters = AttentionParameters(

@@ -46,9 +46,7 @@ class GramAccumulator:
         self._sum += keys.sum(0)
         self._gram += keys.T @ keys
 
-    def solve(
-        self, *, rank: int | None, rank_energy: float | None, center: bool, dtype: torch.dtype
-    ) -> LowRankBasis:
+    def solve(self, *, rank: int | None, rank_energy: float | None, center: bool, dtype: torch.dtype) -> LowRankBasis:
         """Best rank-r approximation (Eckart-Young) from the eigendecomposition of the (centred) Gram matrix.
 
         Exactly one of `rank` and `rank_energy` (the smallest rank that keeps that share of |keys|^2).
@@ -57,20 +55,14 @@ class GramAccumulator:
         total = self._gram.trace()
         eigenvalues, eigenvectors = torch.linalg.eigh(self._gram - self.num_tokens * torch.outer(mean, mean))
         eigenvalues = eigenvalues.flip(0).clamp(min=0)
-        lost = torch.cat(
-            [eigenvalues.flip(0).cumsum(0).flip(0), eigenvalues.new_zeros(1)]
-        )  # lost[r] at rank r
+        lost = torch.cat([eigenvalues.flip(0).cumsum(0).flip(0), eigenvalues.new_zeros(1)])  # lost[r] at rank r
         if rank is None:
             assert rank_energy is not None
             rank = max(1, int((lost > (1 - rank_energy) * total).sum()))
         rank = min(rank, eigenvalues.numel())
         vectors = eigenvectors.flip(1)[:, :rank]
         scale = (eigenvalues[:rank] / self.num_tokens).sqrt()
-        scale = (
-            scale.clamp(min=torch.finfo(dtype).tiny + 1e-12 * float(scale[0]))
-            if float(scale[0]) > 0
-            else scale + 1
-        )
+        scale = scale.clamp(min=torch.finfo(dtype).tiny + 1e-12 * float(scale[0])) if float(scale[0]) > 0 else scale + 1
         return LowRankBasis(
             rows=(vectors * scale).T.to(dtype).contiguous(),
             projection=(vectors / scale).to(dtype).contiguous(),

@@ -150,9 +150,7 @@ class ShadowKVCache(Cache):
         selected_chunks = counts.hits + counts.misses
         return Statistics(
             hit_rate=counts.hits / selected_chunks if selected_chunks else 0.0,
-            attended_fraction=counts.attended_tokens / counts.context_tokens
-            if counts.context_tokens
-            else 1.0,
+            attended_fraction=counts.attended_tokens / counts.context_tokens if counts.context_tokens else 1.0,
             energy_kept=[layer.energy_kept() for layer in layers],
             num_tokens=self.get_seq_length(),
         )

@@ -126,9 +126,7 @@ class ShadowKVConfig:
         """Whether a context of `num_tokens` stays exact and is attended fully."""
         if self.dense_threshold is not None:
             return num_tokens <= self.dense_threshold
-        always_attended = (
-            self.num_sink_chunks + self.num_outlier_chunks
-        ) * self.chunk_size + self.local_tokens
+        always_attended = (self.num_sink_chunks + self.num_outlier_chunks) * self.chunk_size + self.local_tokens
         return num_tokens <= max(MINIMUM_DENSE_TOKENS, self.budget(num_tokens) + always_attended)
 
 

@@ -114,9 +114,7 @@ def attend_streamed(
 class _OnlineSoftmax:
     """Running softmax attention of many queries over blocks of keys (arXiv 2112.05682)."""
 
-    def __init__(
-        self, query: torch.Tensor, num_kv_heads: int, value_dim: int, parameters: AttentionParameters
-    ) -> None:
+    def __init__(self, query: torch.Tensor, num_kv_heads: int, value_dim: int, parameters: AttentionParameters) -> None:
         self._dtype = query.dtype
         self._parameters = parameters
         self._query_HGTD = _at_least_fp32(query).unflatten(0, (num_kv_heads, -1))

@@ -44,9 +44,7 @@ class RotaryAngles:
     def __init__(self, model: PreTrainedModel) -> None:
         modules = [module for name, module in model.named_modules() if name.split(".")[-1] == "rotary_emb"]
         self._module: nn.Module | None = modules[0] if modules else None
-        self._by_type = (
-            self._module is not None and "layer_type" in inspect.signature(self._module.forward).parameters
-        )
+        self._by_type = self._module is not None and "layer_type" in inspect.signature(self._module.forward).parameters
         self._dtype = model.dtype
 
     def cos_sin(self, layer_type: str, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,9 +95,7 @@ def describe_attention(model: PreTrainedModel) -> tuple[list[AttentionLayer | No
         if index not in modules:
             _refuse(model, f"no attention module with position_embeddings was found for layer {index}")
         layout, key_width = _probe(modules[index], layer_type, angles, config.hidden_size)
-        layers.append(
-            AttentionLayer(module=modules[index], layer_type=layer_type, layout=layout, key_width=key_width)
-        )
+        layers.append(AttentionLayer(module=modules[index], layer_type=layer_type, layout=layout, key_width=key_width))
     if not any(layers):
         _refuse(model, "it has no full-attention layer, so there is nothing to compress")
     return layers, angles
@@ -130,9 +126,7 @@ class _KeyProbe(DynamicCache):
         raise _KeysReached(key_states)
 
 
-def _keys_of(
-    module: nn.Module, hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
+def _keys_of(module: nn.Module, hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     try:
         with torch.no_grad():
             module(
@@ -143,9 +137,7 @@ def _keys_of(
             )
     except _KeysReached as reached:
         return reached.keys
-    raise ValueError(
-        f"ShadowKV does not support {type(module).__name__}: it does not hand its keys to the cache"
-    )
+    raise ValueError(f"ShadowKV does not support {type(module).__name__}: it does not hand its keys to the cache")
 
 
 def _probe(
@@ -172,6 +164,4 @@ def _probe(
             rotation = Rotation(_per_pair(cos[0], layout), _per_pair(sin[0], layout))
             if float((rotate(plain, rotation, layout) - rotated).norm()) <= tolerance:
                 return layout, key_width
-    raise ValueError(
-        f"ShadowKV does not support {type(module).__name__}: its rotary embedding is of an unknown form"
-    )
+    raise ValueError(f"ShadowKV does not support {type(module).__name__}: its rotary embedding is of an unknown form")

@@ -235,16 +235,12 @@ class ShadowKVLayer(CacheLayerMixin):
 
     def energy_kept(self) -> list[float]:
         """Share of key energy in the factors of the first, second, ... segment, mean over the batch."""
-        by_place = zip_longest(
-            *([part.energy_kept for part in sequence.segments] for sequence in self.sequences)
-        )
+        by_place = zip_longest(*([part.energy_kept for part in sequence.segments] for sequence in self.sequences))
         return [fmean(energy for energy in place if energy is not None) for place in by_place]
 
     def offload(self) -> None:
         """Refuses: the cache places its tensors itself."""
-        raise ValueError(
-            "a ShadowKVCache keeps its values on the host itself; do not ask for cache offloading"
-        )
+        raise ValueError("a ShadowKVCache keeps its values on the host itself; do not ask for cache offloading")
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuses: compressed tokens cannot be taken back, so assisted decoding is not possible."""

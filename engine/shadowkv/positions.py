@@ -130,9 +130,7 @@ class TokenPositions:
             # Copies: a view would keep the whole batch's angles, and the half that pairs repeat, alive.
             log.append(Rotation(rotation.cos[source][row].clone(), rotation.sin[source][row].clone()))
 
-    def rotation(
-        self, layer_type: str, sequence: int, start: int, stop: int, device: torch.device
-    ) -> Rotation:
+    def rotation(self, layer_type: str, sequence: int, start: int, stop: int, device: torch.device) -> Rotation:
         """Rotation of the real tokens start .. stop of a sequence."""
         return self._logs[layer_type][sequence].table(start, stop).to(device)
 

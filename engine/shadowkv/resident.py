@@ -84,9 +84,7 @@ class ResidentChunks:
         if self._keys is not None and self._values is not None:
             room = (like_Hk.shape[0], missing)
             self._keys = torch.cat([self._keys, self._keys.new_zeros(*room, *self._keys.shape[2:])], 1)
-            self._values = torch.cat(
-                [self._values, self._values.new_zeros(*room, *self._values.shape[2:])], 1
-            )
+            self._values = torch.cat([self._values, self._values.new_zeros(*room, *self._values.shape[2:])], 1)
 
     def copy(self) -> "ResidentChunks":
         """An independent copy."""

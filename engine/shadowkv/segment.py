@@ -50,9 +50,7 @@ class LowRankKeys:
         num_heads, num_tokens, head_dim = keys_HnD.shape
         self._rotation, self._layout = rotation, layout
         self._num_heads, self._chunk_size = num_heads, config.chunk_size
-        blocks = [
-            slice(start, start + FACTORISATION_BLOCK) for start in range(0, num_tokens, FACTORISATION_BLOCK)
-        ]
+        blocks = [slice(start, start + FACTORISATION_BLOCK) for start in range(0, num_tokens, FACTORISATION_BLOCK)]
 
         def joint_keys(block: slice) -> torch.Tensor:
             keys = keys_HnD[:, block]
@@ -66,9 +64,7 @@ class LowRankKeys:
         for block in blocks:
             gram.add(joint_keys(block))
         compute_dtype = torch.float64 if keys_HnD.dtype == torch.float64 else torch.float32
-        basis = gram.solve(
-            rank=rank, rank_energy=config.rank_energy, center=config.center_keys, dtype=compute_dtype
-        )
+        basis = gram.solve(rank=rank, rank_energy=config.rank_energy, center=config.center_keys, dtype=compute_dtype)
         self.energy_kept = basis.energy_kept
         self.rank = basis.rows.shape[0]
         dtype = keys_HnD.dtype
@@ -76,26 +72,18 @@ class LowRankKeys:
         self._coefficients = RowStore(
             coefficients.unflatten(0, (-1, config.chunk_size)), int8=config.factor_dtype == "int8"
         )
-        self._basis_HrD = (
-            basis.rows.unflatten(1, (num_heads, head_dim)).transpose(0, 1).to(dtype).contiguous()
-        )
+        self._basis_HrD = basis.rows.unflatten(1, (num_heads, head_dim)).transpose(0, 1).to(dtype).contiguous()
         self._mean_H1D = basis.mean.view(num_heads, 1, head_dim).to(dtype)
 
     def gather(self, chunks_Hk: torch.Tensor) -> torch.Tensor:
         """Rebuilds the keys of each head's own chunks, [H, k, c, D]."""
         num_heads, num_chunks = chunks_Hk.shape
-        rows = self._coefficients.gather(chunks_Hk.flatten()).view(
-            num_heads, num_chunks * self._chunk_size, -1
-        )
+        rows = self._coefficients.gather(chunks_Hk.flatten()).view(num_heads, num_chunks * self._chunk_size, -1)
         if self._rotation is None:
             return self._rebuild(rows, None)
-        tokens = chunks_Hk.unsqueeze(-1) * self._chunk_size + torch.arange(
-            self._chunk_size, device=chunks_Hk.device
-        )
+        tokens = chunks_Hk.unsqueeze(-1) * self._chunk_size + torch.arange(self._chunk_size, device=chunks_Hk.device)
         tokens = tokens.flatten()
-        picked = Rotation(
-            self._rotation.cos.index_select(0, tokens), self._rotation.sin.index_select(0, tokens)
-        )
+        picked = Rotation(self._rotation.cos.index_select(0, tokens), self._rotation.sin.index_select(0, tokens))
         shape = (num_heads, num_chunks * self._chunk_size, -1)
         return self._rebuild(rows, Rotation(picked.cos.view(shape), picked.sin.view(shape)))
 

@@ -23,9 +23,7 @@ def score_chunks(
     logits = join([dot(scaled, segment.landmarks.slice(0, scaled.shape[0])) for segment in segments])
     logits = cap_logits(logits if logits.dtype == torch.float64 else logits.float(), softcap)
     starts = itertools.accumulate((segment.num_chunks for segment in segments), initial=0)
-    excluded = join(
-        [segment.exact_chunks + start for segment, start in zip(segments, starts, strict=False)], dim=1
-    )
+    excluded = join([segment.exact_chunks + start for segment, start in zip(segments, starts, strict=False)], dim=1)
     logits.scatter_(2, excluded.unsqueeze(1).expand(-1, logits.shape[1], -1), -torch.inf)
     return logits.softmax(-1).amax(1).scatter_(1, excluded, -torch.inf)
 

@@ -95,9 +95,7 @@ class Sequence:
         """Keeps a chunk of an unfinished prompt exactly, in the value store."""
         if self.parked is None:
             self.device = keys.device
-            self.parked = ExactTokens(
-                device=torch.device("cpu") if self.config.value_store == "host" else None
-            )
+            self.parked = ExactTokens(device=torch.device("cpu") if self.config.value_store == "host" else None)
         self.parked.append(keys, values)
 
     def finish_prompt(self, keys: torch.Tensor, values: torch.Tensor, rotations: RotationTable) -> None:

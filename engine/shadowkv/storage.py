@@ -53,9 +53,7 @@ class RowStore:
         rows = rows.to(self.device, non_blocking=True)
         if scales is None:
             return rows
-        return (rows.to(torch.float32) * scales.to(self.device, non_blocking=True).unsqueeze(-1)).to(
-            self.dtype
-        )
+        return (rows.to(torch.float32) * scales.to(self.device, non_blocking=True).unsqueeze(-1)).to(self.dtype)
 
     @property
     def tensors(self) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -68,9 +68,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="When sampling: from the likeliest this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="When sampling: of the random numbers.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if any.")] = None,
-    dtype: Annotated[
-        DType | None, typer.Option(help="Default: float32 on a CPU, as stored on a GPU.")
-    ] = None,
+    dtype: Annotated[DType | None, typer.Option(help="Default: float32 on a CPU, as stored on a GPU.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Answer a question about a long text with a ShadowKV cache, and tell what it took."""
@@ -106,11 +104,13 @@ def generate(
 
 
 @app.command()
-def env() -> None:
+def env(
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
     """Print what a bug report needs: versions, devices, settings."""
-    from longshadow.env import report
+    from longshadow.env import facts, report
 
-    print(report())
+    print(json.dumps(facts()) if json_output else report())
 
 
 def parse_budget(text: str | None) -> tuple[int | None, float | None]:
@@ -156,9 +156,7 @@ def check_rank(rank: int | None, loaded: "LoadedModel") -> None:
 
     width = key_width(loaded.model.config)
     if rank is not None and rank > width:
-        raise ValueError(
-            f"--rank must be between 1 and {width} (KV heads x head_dim) for this model, got {rank}"
-        )
+        raise ValueError(f"--rank must be between 1 and {width} (KV heads x head_dim) for this model, got {rank}")
 
 
 def _torch_dtype(dtype: DType | None) -> "torch.dtype | None":
@@ -182,14 +180,22 @@ def _user_errors(debug: bool) -> Iterator[None]:
             raise
         typer.echo("interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader of our output went away, which typer handles
         raise
     except (ValueError, OSError) as error:
         if debug:
             raise
-        message = " ".join(str(error).split())
-        typer.echo(f"error: {message}", err=True)
-        raise typer.Exit(USER_ERROR) from None
+        _exit_with(str(error))
+    except (MemoryError, RuntimeError) as error:
+        # torch's error for a full GPU, by name: importing torch for it would slow every command down
+        if debug or not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):
+            raise
+        _exit_with(f"out of memory ({error}); try a shorter text, --dtype bfloat16 or another --device")
+
+
+def _exit_with(message: str) -> NoReturn:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    raise typer.Exit(USER_ERROR) from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`make demo`: a real model finds a planted fact in a real document, with default settings, beside full attention."""
+"""`make demo`: a real model finds a planted fact in a real document, on default settings."""
 
 import sys
 
@@ -9,15 +9,15 @@ from longshadow.models import DEMO_NAME, load_model
 from longshadow.prompts import encode_prompt
 
 TOPIC = "typesseq"
-DOCUMENT_CHARACTERS = 20_000
+DOCUMENT_CHARACTERS = 18_000
 CODE = "7412"
-FACT = f"The secret launch code of the Aurora station is {CODE}."
-QUESTION = "What is the secret launch code of the Aurora station?"
+FACT = f"The special magic number for Aurora is {CODE}."
+QUESTION = "What is the special magic number for Aurora?"
 MAX_NEW_TOKENS = 48
 
 
 def build_document() -> str:
-    """The chapter on sequence types that ships with Python, cut to its start, with `FACT` planted in its middle."""
+    """The start of the chapter on sequence types that ships with Python, `FACT` planted in its middle."""
     from pydoc_data.topics import topics
 
     paragraphs = topics[TOPIC][:DOCUMENT_CHARACTERS].split("\n\n")

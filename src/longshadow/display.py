@@ -4,7 +4,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from longshadow.generation import Generation, Sampling, full_cache_bytes, generate, warm_up
+from longshadow.generation import Generation, Sampling, generate, warm_up
 from longshadow.models import LoadedModel
 from longshadow.prompts import room_for_new_tokens
 from longshadow.report import Report
@@ -44,14 +44,11 @@ def answer(
     theirs = None
     if compare and not ours.interrupted:
         theirs = _run(loaded, prompt_ids, sampling, None, "full attention", stream)
-    num_tokens = prompt_tokens + max(len(ours.tokens), len(theirs.tokens) if theirs else 0)
-    dtype = loaded.model.dtype
     return Report(
         model=loaded.name,
         device=str(loaded.model.device),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
         prompt_tokens=prompt_tokens,
-        full_cache_bytes=full_cache_bytes(loaded.model.config, num_tokens, dtype.itemsize),
         shadowkv=ours,
         full_attention=theirs,
     )
@@ -81,9 +78,7 @@ def _run(
             if stream:
                 print(text, end="", flush=True)
 
-        generation = generate(
-            loaded, prompt_ids, sampling, shadow=shadow, on_text=on_text, on_prefill=bar.update
-        )
+        generation = generate(loaded, prompt_ids, sampling, shadow=shadow, on_text=on_text, on_prefill=bar.update)
     if stream:
         print("\n", flush=True)
     return generation

@@ -110,15 +110,10 @@ def _cuda() -> str:
     import torch
 
     if not torch.cuda.is_available():
-        return (
-            f"no device (torch built for CUDA {torch.version.cuda})"
-            if torch.version.cuda
-            else "CPU build of torch"
-        )
+        return f"no device (torch built for CUDA {torch.version.cuda})" if torch.version.cuda else "CPU build of torch"
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     names = ", ".join(
-        f"{device.name} ({_gibibytes(device.total_memory)}, sm_{device.major}{device.minor})"
-        for device in devices
+        f"{device.name} ({_gibibytes(device.total_memory)}, sm_{device.major}{device.minor})" for device in devices
     )
     return f"{names}; CUDA {torch.version.cuda}"
 

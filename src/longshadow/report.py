@@ -15,15 +15,13 @@ class Report:
     """One answer, and the same with full attention when it was compared.
 
     Args:
-        dtype: of the model and of the full cache that the sizes are compared with.
-        full_cache_bytes: what a full cache of prompt and answer takes.
+        dtype: of the model, and of the full cache that sizes are compared with.
     """
 
     model: str
     device: str
     dtype: str
     prompt_tokens: int
-    full_cache_bytes: int
     shadowkv: "Generation"
     full_attention: "Generation | None" = None
 
@@ -34,7 +32,7 @@ class Report:
 
     @property
     def equal_tokens(self) -> float | None:
-        """Share of positions where both answers have the same token; positions that only one has count as different."""
+        """Share of positions with the same token in both answers, of the longer one's positions."""
         if self.full_attention is None:
             return None
         ours, theirs = self.shadowkv.tokens, self.full_attention.tokens
@@ -60,8 +58,6 @@ class Report:
             table.add_row(label, *[cell(generation) for generation in generations])
         if self.equal_tokens is not None:
             table.add_row("equal tokens", f"{self.equal_tokens:.0%}", "")
-        table.caption = f"a full cache of these tokens takes {format_bytes(self.full_cache_bytes)}"
-        table.caption_justify = "left"
         return table
 
     def _rows(self) -> list[tuple[str, "Callable[[Generation], str]"]]:
@@ -71,15 +67,11 @@ class Report:
             ("time to first token", lambda g: _format(g.first_token_seconds, "{:.1f} s")),
             ("decode speed", lambda g: _format(g.tokens_per_second, "{:.1f} tokens/s")),
             ("attended per step", lambda g: f"{g.attended_fraction:.1%}"),
-            ("device bytes", lambda g: self._share_of_full_cache(g.device_bytes)),
-            ("host bytes", lambda g: self._share_of_full_cache(g.host_bytes)),
-            ("peak bytes", lambda g: self._share_of_full_cache(g.peak_bytes)),
+            ("a full cache takes", lambda g: format_bytes(g.full_cache_bytes)),
+            ("cache on the device", lambda g: _beside_full_cache(g.device_bytes, g)),
+            ("cache on the host", lambda g: _beside_full_cache(g.host_bytes, g)),
+            ("both at their peak", lambda g: _beside_full_cache(g.peak_bytes, g)),
         ]
-
-    def _share_of_full_cache(self, num_bytes: int) -> str:
-        if num_bytes == 0:
-            return "0"
-        return f"{format_bytes(num_bytes)} ({num_bytes / self.full_cache_bytes:.0%} of full)"
 
 
 def format_bytes(num_bytes: int) -> str:
@@ -88,6 +80,12 @@ def format_bytes(num_bytes: int) -> str:
         if num_bytes >= 10**exponent:
             return f"{num_bytes / 10**exponent:.1f} {unit}"
     return f"{num_bytes} bytes"
+
+
+def _beside_full_cache(num_bytes: int, generation: "Generation") -> str:
+    if num_bytes == 0:
+        return "0"
+    return f"{format_bytes(num_bytes)} ({num_bytes / generation.full_cache_bytes:.0%} of full)"
 
 
 def _format(value: float | None, pattern: str) -> str:

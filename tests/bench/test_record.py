@@ -13,7 +13,10 @@ def make_record(**changes) -> Record:
         table="example",
         device="cpu",
         config={"length": 3, "fractions": [0.125, 0.0625]},
-        rows=[{"method": "full", "median": 0.5, "speedup": 1.0}, {"method": "fast", "median": 0.1, "speedup": 5.0}],
+        rows=[
+            {"method": "full", "median": 0.5, "speedup": 1.0},
+            {"method": "fast", "median": 0.1, "speedup": 5.0},
+        ],
         check=Check(passed=True, max_error=1e-6, text="outputs agree"),
         environment={"python": "3.11", "cpu": "some cpu", "threads": 2, "gpu": None, "torch": "2.13"},
         revision=Revision(commit="0123456789abcdef", branch="main", dirty=False),

@@ -9,7 +9,8 @@ def test_candidates_take_turns_and_preparation_is_not_timed():
     calls = []
     candidates = {
         name: Candidate(
-            run=lambda name=name: calls.append(name), prepare=lambda name=name: calls.append(f"prepare {name}")
+            run=lambda name=name: calls.append(name),
+            prepare=lambda name=name: calls.append(f"prepare {name}"),
         )
         for name in "ab"
     }

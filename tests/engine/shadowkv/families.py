@@ -67,9 +67,7 @@ def tiny_model(family: str, **overrides: Any) -> PreTrainedModel:
 class DenseShadowKV:
     """Dense-masked ShadowKV for one forward-by-forward run of a model; batch with left padding."""
 
-    def __init__(
-        self, *, rank: int, budget_chunks: int, outliers: int, local: int, segment: int, chunk: int = 8
-    ):
+    def __init__(self, *, rank: int, budget_chunks: int, outliers: int, local: int, segment: int, chunk: int = 8):
         self.rank, self.budget_chunks, self.outliers = rank, budget_chunks, outliers
         self.local, self.segment, self.chunk = local, segment, chunk
         self.raw: list[torch.Tensor] = []
@@ -102,14 +100,10 @@ class DenseShadowKV:
             model.set_attn_implementation(before)
 
     def rotate(self, raw: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        turned = self.rope(
-            raw[None, ..., : self.rotated], raw[None, ..., : self.rotated], cos[None], sin[None]
-        )[1][0]
+        turned = self.rope(raw[None, ..., : self.rotated], raw[None, ..., : self.rotated], cos[None], sin[None])[1][0]
         return torch.cat([turned, raw[..., self.rotated :]], -1)
 
-    def attend(
-        self, module, query, key, value, mask, scaling=None, sliding_window=None, s_aux=None, **kwargs
-    ):
+    def attend(self, module, query, key, value, mask, scaling=None, sliding_window=None, s_aux=None, **kwargs):
         layer, num_new = module.layer_idx, query.shape[2]
         raw, angles = (self.raw.pop(), self.angles.pop()) if self.raw else (key, None)
         self.rotated = raw.shape[3]  # Phi calls RoPE with the rotated part of its keys only
@@ -176,9 +170,7 @@ class DenseShadowKV:
         u, s, v = torch.linalg.svd(joint - mean, full_matrices=False)
         low = ((u[:, :rank] * s[:rank]) @ v[:rank] + mean).float().view(old, heads, dim)
         if part[0][3] is not None:
-            low = self.rotate(
-                low.transpose(0, 1), torch.stack([t[3] for t in part]), torch.stack([t[4] for t in part])
-            )
+            low = self.rotate(low.transpose(0, 1), torch.stack([t[3] for t in part]), torch.stack([t[4] for t in part]))
         else:
             low = low.transpose(0, 1)
         chunks = torch.stack([t[0] for t in part], 1).unflatten(1, (-1, self.chunk))

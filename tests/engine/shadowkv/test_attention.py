@@ -33,9 +33,7 @@ def test_a_model_that_copies_its_keys_raises(monkeypatch: pytest.MonkeyPatch) ->
     model = tiny_model("llama")
     with ShadowKVCache.for_model(model) as cache:
         update = cache.update
-        monkeypatch.setattr(
-            cache, "update", lambda *args, **kw: tuple(x.clone() for x in update(*args, **kw))
-        )
+        monkeypatch.setattr(cache, "update", lambda *args, **kw: tuple(x.clone() for x in update(*args, **kw)))
         with pytest.raises(RuntimeError, match="LlamaAttention copies its keys"):
             model(IDS, past_key_values=cache)
 
@@ -86,12 +84,8 @@ def test_an_interrupted_forward_is_noticed_and_reset_recovers() -> None:
     ],
 )
 def test_unsupported_models_are_refused_with_the_reason(family: str, overrides: Any, reason: str) -> None:
-    sizes = dict(
-        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-    )
-    config = AutoConfig.for_model(
-        family, **sizes, num_key_value_heads=4, moe_intermediate_size=32, **overrides
-    )
+    sizes = dict(vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = AutoConfig.for_model(family, **sizes, num_key_value_heads=4, moe_intermediate_size=32, **overrides)
     with torch.device("meta"):
         if family == "t5":
             from transformers import T5ForConditionalGeneration

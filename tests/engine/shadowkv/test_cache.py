@@ -57,13 +57,9 @@ def test_turns_equal_the_stock_caches(llama: Any, second_turn: int, key_store: A
 
 def test_sparse_prompts_select_for_every_token(llama: Any) -> None:
     """With a budget that covers all, a sparse turn is exact; with a small one it attends to less."""
-    expected = generate(
-        llama, torch.cat([prompt(130), prompt(30, seed=2)], 1), DynamicCache(config=llama.config)
-    )
+    expected = generate(llama, torch.cat([prompt(130), prompt(30, seed=2)], 1), DynamicCache(config=llama.config))
     for budget, equal in ((4000, True), (8, False)):
-        config = ShadowKVConfig(
-            **{**EVERYTHING, "budget_tokens": budget}, sparse_prompts=True, num_outlier_chunks=0
-        )
+        config = ShadowKVConfig(**{**EVERYTHING, "budget_tokens": budget}, sparse_prompts=True, num_outlier_chunks=0)
         with ShadowKVCache.for_model(llama, config) as cache, torch.no_grad():
             llama(prompt(130), past_key_values=cache)
             logits = llama(prompt(30, seed=2), past_key_values=cache).logits[0, -1]
@@ -236,9 +232,7 @@ def test_peak_is_the_compressed_size_and_one_layer() -> None:
 
 
 def test_generated_tokens_cost_what_prompt_tokens_cost(llama: Any) -> None:
-    config = ShadowKVConfig(
-        rank=10, budget_tokens=24, num_outlier_chunks=8, dense_threshold=0, segment_tokens=256
-    )
+    config = ShadowKVConfig(rank=10, budget_tokens=24, num_outlier_chunks=8, dense_threshold=0, segment_tokens=256)
     with ShadowKVCache.for_model(llama, config) as cache, torch.no_grad():
         llama(prompt(1056), past_key_values=cache)
         llama(prompt(1), past_key_values=cache)
@@ -303,8 +297,7 @@ def test_several_caches_and_models_are_alive_at_once(llama: Any) -> None:
     caches = [ShadowKVCache.for_model(model, config) for model in (llama, other, llama)]
     with torch.no_grad():
         caches_tokens = [
-            generate(model, prompt(130), cache)
-            for model, cache in zip((llama, other, llama), caches, strict=True)
+            generate(model, prompt(130), cache) for model, cache in zip((llama, other, llama), caches, strict=True)
         ]
     assert torch.equal(caches_tokens[0], alone[0]) and torch.equal(caches_tokens[2], alone[0])
     assert torch.equal(caches_tokens[1], alone[1])

@@ -23,13 +23,9 @@ def test_full_rank_and_budget_give_the_stock_caches_tokens(family: str) -> None:
     model = tiny_model(family)
     ids, mask = padded_batch()
     expected = model.generate(ids, attention_mask=mask, max_new_tokens=STEPS, do_sample=False)
-    config = ShadowKVConfig(
-        rank_energy=1.0, budget_tokens=1000, dense_threshold=0, segment_tokens=64, local_tokens=8
-    )
+    config = ShadowKVConfig(rank_energy=1.0, budget_tokens=1000, dense_threshold=0, segment_tokens=64, local_tokens=8)
     with ShadowKVCache.for_model(model, config) as cache:
-        tokens = model.generate(
-            ids, attention_mask=mask, max_new_tokens=STEPS, do_sample=False, past_key_values=cache
-        )
+        tokens = model.generate(ids, attention_mask=mask, max_new_tokens=STEPS, do_sample=False, past_key_values=cache)
     assert torch.equal(tokens, expected)
     assert cache.statistics().energy_kept[0][0] > 0.999 and cache.memory().device["factors"] > 0
 
@@ -38,9 +34,7 @@ def teacher_forced_logits(model, ids, mask, steps, cache) -> torch.Tensor:
     """Logits of the prompt's last token and of each forced token, [1 + steps, 2, vocabulary]."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        logits = [
-            model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1]
-        ]
+        logits = [model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1]]
         for step in range(steps.shape[1]):
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             positions = mask.sum(1, keepdim=True) - 1
@@ -94,6 +88,4 @@ def test_compressed_decoding_equals_a_dense_masked_computation(family: str) -> N
     assert all(len(energies) == 2 for energies in statistics.energy_kept), "no generated segment was made"
     with torch.no_grad():
         full = teacher_forced_logits(model, ids, mask, steps, DynamicCache(config=model.config))
-    assert (actual - full).abs().max() > 1e-3 * full.abs().max(), (
-        "compression changed nothing: the test is blind"
-    )
+    assert (actual - full).abs().max() > 1e-3 * full.abs().max(), "compression changed nothing: the test is blind"

@@ -33,9 +33,7 @@ def test_only_the_longest_unused_leave(orders: list[list[list[int]]], num_select
         slots = resident.tensors[0].tolist()
         for head in (0, 1):
             now = {chunk for chunk in slots[head] if chunk >= 0}
-            assert (
-                wanted[head] <= now <= wanted[head] | held[head] and len(slots[head]) == num_selected + extra
-            )
+            assert wanted[head] <= now <= wanted[head] | held[head] and len(slots[head]) == num_selected + extra
             for gone in held[head] - now:
                 assert all(last_use[head][gone] <= last_use[head][kept] for kept in now - wanted[head])
             held[head] = now

@@ -15,15 +15,11 @@ def rotation(num_tokens: int, num_pairs: int, scaling: float = 1.0) -> Rotation:
 
 @pytest.mark.parametrize("style", ["half", "interleaved"])
 @pytest.mark.parametrize(("rotary_dim", "scaling"), [(16, 1.0), (8, 1.0), (16, 1.3466)])
-def test_unrotate_inverts_rotate(
-    style: Literal["half", "interleaved"], rotary_dim: int, scaling: float
-) -> None:
+def test_unrotate_inverts_rotate(style: Literal["half", "interleaved"], rotary_dim: int, scaling: float) -> None:
     layout = RotaryLayout(style=style, rotary_dim=rotary_dim)
     angles = rotation(63, rotary_dim // 2, scaling)
     keys = torch.randn(3, 63, 16, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(
-        unrotate(rotate(keys, angles, layout), angles, layout), keys, rtol=0, atol=2e-6
-    )
+    torch.testing.assert_close(unrotate(rotate(keys, angles, layout), angles, layout), keys, rtol=0, atol=2e-6)
     assert torch.equal(rotate(keys, angles, layout)[..., rotary_dim:], keys[..., rotary_dim:])
 
 
@@ -32,9 +28,7 @@ def test_rotation_is_a_complex_product_of_the_pairs() -> None:
     keys = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(0))
     turned = torch.complex(angles.cos, angles.sin)
     expected = torch.view_as_real(torch.view_as_complex(keys.unflatten(-1, (4, 2))) * turned).flatten(-2)
-    torch.testing.assert_close(
-        rotate(keys, angles, RotaryLayout(style="interleaved", rotary_dim=8)), expected
-    )
+    torch.testing.assert_close(rotate(keys, angles, RotaryLayout(style="interleaved", rotary_dim=8)), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
