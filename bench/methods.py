@@ -73,17 +73,25 @@ class Method:
 
 
 def all_methods(fractions: Sequence[float], ranks: Sequence[int]) -> list[Method]:
-    """Full attention, then at each fraction ShadowKV at each rank and with exact keys, and the baselines."""
+    """Full attention, and ShadowKV at each fraction with each rank and with exact keys.
+
+    The first fraction, the one with targets, also has finer chunks and the baselines.
+    """
     methods = [Method(name=FULL_ATTENTION, fraction=1.0)]
     for fraction in fractions:
-        for rank in ranks:
-            methods.append(Method(name=f"ShadowKV rank {rank}", fraction=fraction, rank=rank, key_store="low_rank"))
-        finer = f"ShadowKV rank {ranks[0]}, chunks of {FINE_CHUNK_TOKENS}"
-        methods.append(
-            Method(name=finer, fraction=fraction, rank=ranks[0], key_store="low_rank", chunk_tokens=FINE_CHUNK_TOKENS)
-        )
+        methods += [
+            Method(name=f"ShadowKV rank {rank}", fraction=fraction, rank=rank, key_store="low_rank") for rank in ranks
+        ]
         methods.append(Method(name="ShadowKV exact keys", fraction=fraction, key_store="exact"))
-        methods += [Method(name=name, fraction=fraction) for name in selection_makers(fraction)]
+        if fraction == fractions[0]:
+            finer = Method(
+                name=f"ShadowKV rank {ranks[0]}, chunks of {FINE_CHUNK_TOKENS}",
+                fraction=fraction,
+                rank=ranks[0],
+                key_store="low_rank",
+                chunk_tokens=FINE_CHUNK_TOKENS,
+            )
+            methods += [finer, *(Method(name=name, fraction=fraction) for name in selection_makers(fraction))]
     return methods
 
 

@@ -101,6 +101,6 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _sentence_end(tokenizer: PreTrainedTokenizerBase, tokens: list[int], start: int) -> int:
     """The nearest end of a sentence at or before `start`; 0 where there is none."""
-    while start > 0 and not tokenizer.decode(tokens[start - 1 : start]).rstrip("\n").endswith("."):
+    while start > 0 and not str(tokenizer.decode(tokens[start - 1 : start])).rstrip("\n").endswith("."):
         start -= 1
     return start

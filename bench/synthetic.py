@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from longshadow.engine.shadowkv.config import ShadowKVConfig
@@ -63,7 +64,9 @@ class ModelShape:
             tie_word_embeddings=True,
             dtype=dtype,
         )
-        return LlamaForCausalLM(config).to(device=device, dtype=dtype).eval()
+        model = LlamaForCausalLM(config)
+        nn.Module.to(model, device=device, dtype=dtype)
+        return model.eval()
 
 
 LLAMA_3_1_8B = ModelShape(

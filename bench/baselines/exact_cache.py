@@ -41,15 +41,17 @@ class Selection(Protocol):
 SelectionMaker = Callable[["ExactLayer"], Selection]
 
 
-class ExactLayer(CacheLayerMixin):  # type: ignore[misc]
+class ExactLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values of one layer, and the latest queries (times the scaling), which SnapKV's vote needs."""
 
+    keys: torch.Tensor
+    values: torch.Tensor
     is_sliding = False
     is_compileable = False
     is_croppable = False
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.num_tokens = 0
         self.num_attended = 0
         self.num_context = 0
@@ -146,11 +148,13 @@ def attend_masked(
     return torch.matmul(logits.softmax(-1), values_HnD.unsqueeze(1))
 
 
-class ExactCache(Cache):  # type: ignore[misc]
-    """An exact cache of `num_layers` layers; without a selection it is full attention."""
+class ExactCache(Cache):
+    """An exact cache; without a selection it is full attention."""
+
+    layers: list[ExactLayer]  # type: ignore[assignment]
 
     def __init__(self, layers: list[ExactLayer]) -> None:
-        super().__init__(layers=layers)
+        super().__init__(layers=[*layers])
 
     @classmethod
     def empty(cls, model: PreTrainedModel) -> ExactCache:

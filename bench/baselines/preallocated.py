@@ -5,6 +5,7 @@ The fastest plain full cache there is in PyTorch on a CPU; transformers' Dynamic
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,15 +18,17 @@ from transformers.masking_utils import flash_attention_mask
 IMPLEMENTATION = "longshadow_bench_grouped"
 
 
-class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
+class PreallocatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values [1, H, capacity, D] of one layer."""
 
+    keys: torch.Tensor
+    values: torch.Tensor
     is_sliding = False
     is_compileable = False
     is_croppable = False
 
     def __init__(self, capacity: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._capacity = capacity
         self._num_tokens = 0
 
@@ -63,11 +66,18 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._capacity
 
 
+def stored_tokens(cache: Cache) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of each layer of a full cache."""
+    for layer in cache.layers:
+        assert isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None
+        yield layer.keys, layer.values
+
+
 def preallocated_cache(model: PreTrainedModel, capacity: int, tokens: DynamicCache | None = None) -> Cache:
     """A cache for `capacity` tokens, filled with a copy of `tokens`. It needs `IMPLEMENTATION` as attention."""
     cache = Cache(layers=[PreallocatedLayer(capacity) for _ in range(model.config.num_hidden_layers)])
-    for index, layer in enumerate(tokens.layers if tokens is not None else ()):
-        cache.update(layer.keys, layer.values, index)
+    for index, (keys, values) in enumerate(stored_tokens(tokens) if tokens is not None else ()):
+        cache.update(keys, values, index)
     return cache
 
 

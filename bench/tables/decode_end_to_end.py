@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from transformers.cache_utils import Cache
 
 from bench.baselines import preallocated
-from bench.baselines.preallocated import preallocated_cache
+from bench.baselines.preallocated import preallocated_cache, stored_tokens
 from bench.peak import PeakMemoryMeter
 from bench.quality import feed
 from bench.record import Check, Row
@@ -94,8 +94,8 @@ def check_caches(model: LlamaForCausalLM, config: Config) -> Check:
         with empty_cache(model, name, num_tokens + 1) as cache:
             feed(model, cache, tokens[:-1])
             logits[name] = feed(model, cache, tokens[-1:])
-    for name, key_store in ((SHADOWKV, "low_rank"), (SHADOWKV_EXACT, "exact")):
-        with ShadowKVCache.for_model(model, replace(everything, key_store=key_store)) as cache:
+    for name, shadowkv in ((SHADOWKV, everything), (SHADOWKV_EXACT, replace(everything, key_store="exact"))):
+        with ShadowKVCache.for_model(model, shadowkv) as cache:
             feed(model, cache, tokens[:-1])
             logits[name] = feed(model, cache, tokens[-1:])
     expected = logits.pop(DYNAMIC)
@@ -170,7 +170,7 @@ def cache_bytes(cache: Cache) -> int:
     """Bytes a cache holds."""
     if isinstance(cache, ShadowKVCache):
         return cache.memory().total_bytes
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return sum(keys.nbytes + values.nbytes for keys, values in stored_tokens(cache))
 
 
 def measure_decoding(model: LlamaForCausalLM, config: Config, session: Session) -> list[Row]:

@@ -42,14 +42,15 @@ def run(config: Config, session: Session) -> Outcome:
     )
     rows: list[Row] = [full_cache_row(SHAPE)]
     exact = True
-    for name, factor_dtype in ((BF16, None), (INT8, "int8")):
+    factor_dtypes: dict[str, Literal["int8"] | None] = {BF16: None, INT8: "int8"}
+    for name, factor_dtype in factor_dtypes.items():
         reports = []
         for num_tokens in (config.short_tokens, config.long_tokens):
             session.progress(f"{name}, {num_tokens:,} tokens")
             with make_shadow_cache(model, num_tokens, config, factor_dtype, session) as cache:
                 reports.append(cache.memory())
                 exact &= reports[-1].total_bytes == storage_bytes(cache)
-        rows.append({"cache": name, **slope(*reports, config.long_tokens - config.short_tokens)})
+        rows.append({"cache": name, **slope(reports[0], reports[1], config.long_tokens - config.short_tokens)})
     check = Check(
         passed=exact,
         max_error=None,

@@ -41,6 +41,7 @@ def run(config: Config, session: Session) -> Outcome:
     results: list[dict[str, Any]] = []
     with torch.inference_mode():
         for num_keys in (1, config.num_keys):
+            chosen = methods if num_keys == 1 else all_methods(config.fractions[:1], config.ranks)
             needles = make_needles(
                 loaded.tokenizer,
                 count=config.num_needles,
@@ -54,7 +55,7 @@ def run(config: Config, session: Session) -> Outcome:
                 session.progress(f"needle {index + 1} of {len(needles)}, {num_keys} keys")
                 results += session.unit(
                     f"{num_keys} keys, needle {index}",
-                    partial(ask, loaded, needle, methods, several=num_keys > 1),
+                    partial(ask, loaded, needle, chosen, several=num_keys > 1),
                 )
     return Outcome(rows=summarize(results, methods), check=check)
 
@@ -111,6 +112,8 @@ def summarize(results: list[dict[str, Any]], methods: list[Method]) -> list[Row]
                 if (result["scenario"], result["method"], result["fraction"])
                 == (scenario, method.name, method.fraction)
             ]
+            if not of_row:
+                continue
             found = sum(result["found"] for result in of_row)
             full = found if method.name == FULL_ATTENTION else full
             rows.append(
