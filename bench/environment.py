@@ -6,6 +6,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from longshadow.env import PACKAGES
@@ -75,7 +76,7 @@ def _describe_gpu(device: str) -> dict[str, Any]:
         "memory_bytes": properties.total_memory,
     }
     for key, field in GPU_QUERY.items():
-        gpu[key] = _probe(lambda field=field: _nvidia_smi(field))
+        gpu[key] = _probe(partial(_nvidia_smi, field))
     return gpu
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import warnings
 from functools import cache
 
 # Topics of the language reference that are mostly sentences; tables of numbers and codes would hide a needle.
@@ -38,10 +39,17 @@ def library_docstrings() -> str:
         module = importlib.import_module(name)
         for member in [module, *vars(module).values()]:
             for thing in [member, *(vars(member).values() if inspect.isclass(member) else ())]:
-                text = getattr(thing, "__doc__", None)
+                text = _docstring(thing)
                 if isinstance(text, str) and len(text) >= SHORTEST_DOCSTRING:
                     found[inspect.cleandoc(text)] = None
     return "\n\n".join(found)
+
+
+def _docstring(thing: object) -> object:
+    with warnings.catch_warnings():
+        # Python 3.11's typing.io and typing.re warn when they are looked at.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return getattr(thing, "__doc__", None)
 
 
 def passages(tokens: list[int], *, count: int, length: int) -> list[list[int]]:

@@ -66,7 +66,8 @@ class ModelShape:
         )
         model = LlamaForCausalLM(config)
         nn.Module.to(model, device=device, dtype=dtype)
-        return model.eval()
+        nn.Module.eval(model)
+        return model
 
 
 LLAMA_3_1_8B = ModelShape(

@@ -15,6 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.masking_utils import flash_attention_mask
 
+from longshadow.engine.shadowkv.selection import dot
+
 IMPLEMENTATION = "longshadow_bench_grouped"
 
 
@@ -95,7 +97,7 @@ def _attention_forward(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.shape[2] == 1:
         grouped = query[0].view(key.shape[1], -1, query.shape[3])
-        logits = torch.bmm(grouped, key[0].transpose(1, 2)).mul_(scaling)
+        logits = dot(grouped * scaling, key[0])
         out = torch.bmm(logits.softmax(-1), value[0]).view(1, 1, query.shape[1], -1)
         return out, None
     if query.shape[2] != key.shape[2]:

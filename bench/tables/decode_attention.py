@@ -19,7 +19,7 @@ from bench.timing import Candidate, Stopwatch, Timing, paired_speedup, rates, te
 from longshadow.engine.shadowkv.config import ShadowKVConfig
 from longshadow.engine.shadowkv.exact import AttentionParameters, attend_parts
 from longshadow.engine.shadowkv.segment import LowRankKeys
-from longshadow.engine.shadowkv.selection import score_chunks, select_chunks
+from longshadow.engine.shadowkv.selection import dot, score_chunks, select_chunks
 from longshadow.engine.shadowkv.sequence import Sequence, StepCounts
 
 SHAPE = LLAMA_3_1_8B
@@ -119,7 +119,7 @@ def make_sequences(tokens: SyntheticTokens, context: Context) -> dict[str, Seque
 def full_attention(tokens: SyntheticTokens, query: torch.Tensor) -> torch.Tensor:
     """matmul, softmax, matmul with the heads of a group together: [Hq, D] -> [Hq, D]."""
     grouped = query.view(SHAPE.num_kv_heads, -1, SHAPE.head_dim)
-    logits = torch.bmm(grouped, tokens.keys.transpose(1, 2)).mul_(PARAMETERS.scaling)
+    logits = dot(grouped * PARAMETERS.scaling, tokens.keys)
     return torch.bmm(logits.softmax(-1), tokens.values).flatten(0, 1)
 
 

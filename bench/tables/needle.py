@@ -25,9 +25,10 @@ SIX_KEYS = "six keys, one asked"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`num_needles` per scenario at `context_tokens`, at each attended fraction and ShadowKV rank (of 192)."""
+    """`num_needles` (with several keys `num_several`) at each attended fraction and ShadowKV rank (of 192)."""
 
     num_needles: int = 20
+    num_several: int = 10
     context_tokens: int = 4000
     num_keys: int = 6
     fractions: tuple[float, ...] = (1 / 8, 1 / 16, 1 / 32)
@@ -44,7 +45,7 @@ def run(config: Config, session: Session) -> Outcome:
             chosen = methods if num_keys == 1 else all_methods(config.fractions[:1], config.ranks)
             needles = make_needles(
                 loaded.tokenizer,
-                count=config.num_needles,
+                count=config.num_needles if num_keys == 1 else config.num_several,
                 context_tokens=config.context_tokens,
                 num_keys=num_keys,
                 seed=session.seed,
@@ -149,7 +150,7 @@ TABLE = Table(
     "layers, KV heads and steps. In a second turn the question's own tokens attend to everything, except for the "
     "evicting methods (SnapKV, StreamingLLM), whose cache has been cut at the end of the document.",
     configs={"cpu": Config(), "cuda": Config()},
-    quick=lambda config: replace(config, num_needles=3),
+    quick=lambda config: replace(config, num_needles=3, num_several=1),
     columns=(
         Column(key="scenario", heading="scenario"),
         Column(key="method", heading="method"),
