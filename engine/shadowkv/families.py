@@ -81,6 +81,8 @@ def describe_attention(model: PreTrainedModel) -> tuple[list[AttentionLayer | No
         _refuse(model, "it is an encoder-decoder")
     if getattr(config, "kv_lora_rank", None):
         _refuse(model, "it caches latent vectors (multi-head latent attention), not keys")
+    if getattr(config, "num_kv_shared_layers", None):
+        _refuse(model, "some of its layers share keys and values")
     layer_types, _ = get_layer_types_and_kwargs(config)
     for layer_type in layer_types:
         if layer_type not in (FULL_ATTENTION, *STOCK_LAYER_TYPES):
