@@ -36,7 +36,7 @@ class Config:
     prefix_tokens: int = 4000
     decoded_tokens: int = 256
     fractions: tuple[float, ...] = (1 / 8, 1 / 16, 1 / 32)
-    ranks: tuple[int, ...] = (64, 32)
+    ranks: tuple[int, ...] = (64,)
     local_tokens: int = 32
     segment_tokens: int = 64
 

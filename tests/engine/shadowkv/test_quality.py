@@ -9,9 +9,9 @@ import torch
 from longshadow.engine.shadowkv import ShadowKVCache, ShadowKVConfig
 
 CODE = "7412"
-FACT = f" The secret launch code of the Aurora station is {CODE}. "
-QUESTION = "What is the secret launch code of the Aurora station?"
-ANSWER = "The secret launch code of the Aurora station is"
+FACT = f"\n\nThe special magic number for Aurora is {CODE}.\n\n"
+QUESTION = "What is the special magic number for Aurora?"
+ANSWER = "The special magic number for Aurora is"
 
 
 @once
