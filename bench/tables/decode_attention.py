@@ -26,6 +26,7 @@ SHAPE = LLAMA_3_1_8B
 RANK = 160
 PARAMETERS = AttentionParameters(scaling=SHAPE.head_dim**-0.5)
 SDPA, GROUPED = "full cache, SDPA", "full cache, grouped matmul"
+KEYS_FIRST = "full cache, grouped matmul, keys first"
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 
 
@@ -119,6 +120,13 @@ def make_sequences(tokens: SyntheticTokens, context: Context) -> dict[str, Seque
 def full_attention(tokens: SyntheticTokens, query: torch.Tensor) -> torch.Tensor:
     """matmul, softmax, matmul with the heads of a group together: [Hq, D] -> [Hq, D]."""
     grouped = query.view(SHAPE.num_kv_heads, -1, SHAPE.head_dim)
+    logits = torch.bmm(grouped, tokens.keys.transpose(1, 2)).mul_(PARAMETERS.scaling)
+    return torch.bmm(logits.softmax(-1), tokens.values).flatten(0, 1)
+
+
+def keys_first_attention(tokens: SyntheticTokens, query: torch.Tensor) -> torch.Tensor:
+    """The same with the keys as the first factor, which a CPU multiplies faster: [Hq, D] -> [Hq, D]."""
+    grouped = query.view(SHAPE.num_kv_heads, -1, SHAPE.head_dim)
     logits = dot(grouped * PARAMETERS.scaling, tokens.keys)
     return torch.bmm(logits.softmax(-1), tokens.values).flatten(0, 1)
 
@@ -141,7 +149,7 @@ def largest_error(tokens: SyntheticTokens, sequences: dict[str, Sequence], query
     everything = torch.ones(SHAPE.num_kv_heads, num_tokens, dtype=torch.bool, device=query.device)
     pairs = [
         (attention(tokens, query), masked_reference(tokens, query, everything))
-        for attention in (full_attention, sdpa_attention)
+        for attention in (full_attention, keys_first_attention, sdpa_attention)
     ]
     for sequence in sequences.values():
         mask = chosen_tokens(sequence, query, num_tokens)
@@ -186,15 +194,18 @@ def measure(
     steps: dict[str, Callable[[], object]] = {
         SDPA: lambda: sdpa_attention(tokens, queries.current),
         GROUPED: lambda: full_attention(tokens, queries.current),
+        KEYS_FIRST: lambda: keys_first_attention(tokens, queries.current),
     }
     for name, sequence in sequences.items():
         sequence.counts = StepCounts()
         steps[name] = lambda sequence=sequence: sequence.attend_token(queries.current, PARAMETERS)  # type: ignore[misc]
     timings = time_all(steps, queries, config, session)
-    fastest = min((timings[SDPA], timings[GROUPED]), key=lambda timing: timing.median)
+    fastest = min((timings[name] for name in (SDPA, GROUPED, KEYS_FIRST)), key=lambda timing: timing.median)
+    named = min((timings[SDPA], timings[GROUPED]), key=lambda timing: timing.median)
     rows: list[Row] = []
     for name, timing in timings.items():
-        row: Row = {"context": context.tokens, "method": name, "speedup": paired_speedup(fastest, timing)}
+        row: Row = {"context": context.tokens, "method": name, "speedup": paired_speedup(named, timing)}
+        row["speedup_fastest"] = paired_speedup(fastest, timing)
         row |= timing.row() | rates(timing, num_bytes=bytes_of_step(tokens, sequences.get(name)))
         rows.append(row | hit_rate(sequences.get(name)))
     for name in ("ShadowKV exact", "ShadowKV low_rank"):
@@ -290,11 +301,11 @@ def _quick(config: Config) -> Config:
     return replace(config, contexts=(Context(tokens=8192, selected_tokens=256, outlier_chunks=8),), repeats=5)
 
 
-def _target(tokens: int, method: str, at_least: float) -> Target:
+def _target(tokens: int, method: str, at_least: float, column: str, baseline: str) -> Target:
     return Target(
-        text=f"{method} at {tokens:,} tokens, against the faster full cache",
+        text=f"{method} at {tokens:,} tokens, against {baseline}",
         row={"context": tokens, "method": method},
-        column="speedup",
+        column=column,
         at_least=at_least,
     )
 
@@ -302,12 +313,12 @@ def _target(tokens: int, method: str, at_least: float) -> Target:
 TABLE: Table = Table(
     name="decode_attention",
     title="One decode-attention step",
-    about="Llama-3.1-8B shapes (32 query heads, 8 KV heads of 128), one layer, batch 1, "
-    "hit rate 0: no chunk stays from "
-    "one step to the next, except in the row with resident slots. 512 selected tokens at 32K, 2,048 and 384 outlier "
-    "tokens at 128K; rank 160. The speed-up is against the faster of the two full "
-    "caches, paired within rounds. Bytes are "
-    "the least a step has to read. The rows below the steps time their parts within a step, with their share of it.",
+    about="Llama-3.1-8B shapes (32 query heads, 8 KV heads of 128), one layer, batch 1, hit rate 0: no chunk stays "
+    "from one step to the next, except in the row with resident slots. 512 selected tokens at 32K, 2,048 and 384 "
+    "outlier tokens at 128K; rank 160. Speed-ups are paired within rounds: against the faster of SDPA and the grouped "
+    "matmul, and against the fastest of all, a grouped matmul whose first product has the keys first, as ShadowKV's "
+    "own has. Bytes are the least a step has to read. The rows below the steps time their parts within a step, with "
+    "their share of it.",
     configs={"cpu": Config(), "cuda": Config(dtype="bfloat16", repeats=101, warmup=10)},
     quick=_quick,
     columns=(
@@ -316,17 +327,25 @@ TABLE: Table = Table(
         Column(key="median", heading="median", unit="s"),
         Column(key="p20", heading="p20", unit="s"),
         Column(key="p80", heading="p80", unit="s"),
-        Column(key="speedup", heading="speed-up", unit="x", speedup=True),
+        Column(key="speedup", heading="× SDPA or grouped", unit="x", speedup=True),
+        Column(key="speedup_fastest", heading="× keys first", unit="x", speedup=True),
         Column(key="bytes", heading="bytes", unit="B"),
         Column(key="bytes_per_s", heading="achieved", unit="B/s"),
         Column(key="hit_rate", heading="hit rate", unit="%"),
         Column(key="share", heading="share of step", unit="%", digits=0),
     ),
-    targets=(
-        _target(32_768, "ShadowKV exact", 6.0),
-        _target(131_072, "ShadowKV exact", 7.0),
-        _target(32_768, "ShadowKV low_rank", 3.5),
-        _target(131_072, "ShadowKV low_rank", 4.0),
+    targets=tuple(
+        _target(tokens, method, at_least, column, baseline)
+        for column, baseline in (
+            ("speedup", "the faster of SDPA and grouped matmul"),
+            ("speedup_fastest", "the fastest full cache"),
+        )
+        for tokens, method, at_least in (
+            (32_768, "ShadowKV exact", 6.0),
+            (131_072, "ShadowKV exact", 7.0),
+            (32_768, "ShadowKV low_rank", 3.5),
+            (131_072, "ShadowKV low_rank", 4.0),
+        )
     ),
     run=run,
 )
