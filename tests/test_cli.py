@@ -191,6 +191,158 @@ def test_interrupted_loading(model: Path, document: Path, monkeypatch: pytest.Mo
     assert "interrupted" in result.stderr
 
 
+WAIT_AT_THE_FIFTH_TOKEN = """
+import sys, time
+from longshadow import streaming
+from longshadow.cli import app
+put = streaming.MeasuringStreamer.put
+
+def waiting_put(self, value):
+    put(self, value)
+    if len(self.tokens) == 5:
+        print("waiting", file=sys.stderr, flush=True)
+        time.sleep(60)
+
+streaming.MeasuringStreamer.put = waiting_put
+app()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_in_a_terminal(model: Path, document: Path) -> None:
+    command = [sys.executable, "-c", WAIT_AT_THE_FIFTH_TOKEN, "generate", "--model", str(model)]
+    command += ["--prompt-file", str(document), "--max-new-tokens", "12", "--device", "cpu"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+    )
+    assert process.stderr is not None
+    while process.stderr.readline().strip() not in ("waiting", ""):
+        pass
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "5 (interrupted)" in output
+    assert "Traceback" not in errors
+
+
+def test_budget_and_rank_that_keep_everything_give_the_same_answer(model: Path, document: Path) -> None:
+    everything = ("--budget", "100%", "--rank", str(KEY_WIDTH))
+    told = json.loads(run(model, document, "--json", "--compare", *everything).stdout)
+    assert told["equal_tokens"] == 1
+
+
+def test_rank_by_energy(model: Path, document: Path) -> None:
+    assert run(model, document, "--rank", "auto", "--budget", "64").exit_code == 0
+
+
+def test_document_from_standard_input(model: Path) -> None:
+    command = ["generate", "--model", str(model), "--prompt-file", "-", "--max-new-tokens", "2", "--json"]
+    result = CliRunner().invoke(app, command, input="Some text.")
+    assert json.loads(result.stdout)["prompt_tokens"] == 10
+
+
+def test_new_tokens_are_cut_to_the_positions(model: Path, tmp_path: Path) -> None:
+    document = tmp_path / "long.txt"
+    document.write_text("x" * (MAX_POSITIONS - 3))
+    result = run(model, document, "--json")
+    assert len(json.loads(result.stdout)["shadowkv"]["tokens"]) == 3
+    assert "leave room for 3 new tokens" in result.stderr
+
+
+def test_prompt_too_long(model: Path, tmp_path: Path) -> None:
+    document = tmp_path / "long.txt"
+    document.write_text("x" * 5000)
+    error = error_of(run(model, document))
+    assert "5,000 tokens" in error
+    assert f"{MAX_POSITIONS:,} positions" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "0"], "above 0%, at most 100%) or a number of tokens (1 or more), got '0'"),
+        (["--budget", "-5"], "got '-5'"),
+        (["--budget", "0%"], "got '0%'"),
+        (["--budget", "101%"], "got '101%'"),
+        (["--budget", "nan%"], "got 'nan%'"),
+        (["--budget", "1.5"], "got '1.5'"),
+        (["--budget", "much"], "got 'much'"),
+        (["--rank", "0"], "--rank takes a number (1 or more) or auto, got '0'"),
+        (["--rank", "high"], "got 'high'"),
+        (["--max-new-tokens", "0"], "at least 1, got 0"),
+        (["--temperature", "-1"], "got -1.0"),
+        (["--top-p", "2"], "at most 1, got 2.0"),
+    ],
+)
+def test_options_out_of_range(model: Path, document: Path, options: list[str], message: str) -> None:
+    assert message in error_of(run(model, document, *options))
+
+
+def test_rank_above_the_keys_width(model: Path, document: Path) -> None:
+    error = error_of(run(model, document, "--rank", str(KEY_WIDTH + 1)))
+    assert f"between 1 and {KEY_WIDTH}" in error
+
+
+def test_missing_files(model: Path, document: Path, tmp_path: Path) -> None:
+    assert "cannot read the prompt file" in error_of(run(model, tmp_path / "none.txt"))
+    assert "there is no folder" in error_of(run(tmp_path / "none", document))
+
+
+def test_debug_shows_the_traceback(model: Path, tmp_path: Path) -> None:
+    result = run(model, tmp_path / "none.txt", "--debug")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ValueError)
+
+
+def test_faults_of_our_own_are_not_dressed_up(model: Path, document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*_: object, **__: object) -> None:
+        raise RuntimeError("lost")
+
+    monkeypatch.setattr(models, "load_model", fault)
+    assert isinstance(run(model, document).exception, RuntimeError)
+
+
+def test_out_of_memory(model: Path, document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*_: object, **__: object) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(models, "load_model", fault)
+    assert "out of memory (no more); try" in error_of(run(model, document))
+
+
+def test_interrupted_generation(model: Path, document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = streaming.MeasuringStreamer.put
+
+    def interrupted_put(self: streaming.MeasuringStreamer, value: object) -> None:
+        put(self, value)  # type: ignore[arg-type]
+        if len(self.tokens) == 5:
+            raise KeyboardInterrupt
+
+    whole = json.loads(run(model, document, "--json").stdout)
+    monkeypatch.setattr(streaming.MeasuringStreamer, "put", interrupted_put)
+    result = run(model, document, "--json", "--compare")
+    assert result.exit_code == 130
+    told = json.loads(result.stdout)
+    assert told["interrupted"]
+    assert told["shadowkv"]["tokens"] == whole["shadowkv"]["tokens"][:5]
+    assert told["full_attention"] is None, "Ctrl-C means stop"
+
+    result = run(model, document)
+    assert result.exit_code == 130
+    assert "5 (interrupted)" in result.stdout
+
+
+def test_interrupted_loading(model: Path, document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "load_model", interrupt)
+    result = run(model, document)
+    assert result.exit_code == 130
+    assert "interrupted" in result.stderr
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_ctrl_c_in_a_terminal(model: Path, document: Path) -> None:
     command = [sys.executable, "-m", "longshadow.cli", "generate", "--model", str(model)]

@@ -1,5 +1,9 @@
 """Measured generations: what is counted, what Ctrl-C leaves, what the model keeps."""
 
+import os
+import signal
+import sys
+
 import pytest
 import torch
 from transformers import DynamicCache, Gemma3TextConfig, Gemma3TextModel
@@ -147,3 +151,40 @@ def test_sampling_repeats_with_its_seed(loaded: LoadedModel) -> None:
 def test_sampling_out_of_range(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**arguments)  # type: ignore[arg-type]
+
+
+class InterruptedDestructor:
+    """A signal that arrives while an object is being destroyed: Python prints its exception and goes on."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        sum(range(1000))  # lets the interpreter notice the signal here
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("shadow", [None, COMPRESSED], ids=["full", "shadowkv"])
+def test_ctrl_c_is_not_lost_in_a_destructor(loaded: LoadedModel, shadow: ShadowKVConfig | None) -> None:
+    texts: list[str] = []
+    whole = run(loaded, shadow, texts=texts)
+    told: list[str] = []
+
+    def on_text(text: str) -> None:
+        told.append(text)
+        if len(told) == 3:
+            InterruptedDestructor()
+
+    handler = signal.getsignal(signal.SIGINT)
+    stopped = generate(
+        loaded,
+        torch.randint(1, 250, (1, 600), generator=torch.Generator().manual_seed(1)),
+        Sampling(max_new_tokens=12),
+        shadow=shadow,
+        on_text=on_text,
+        on_prefill=lambda *_: None,
+    )
+    assert stopped.interrupted
+    assert told[:3] == texts[:3]
+    assert stopped.tokens == whole.tokens[: len(stopped.tokens)]
+    assert len(stopped.tokens) < len(whole.tokens)
+    assert signal.getsignal(signal.SIGINT) is handler

@@ -13,7 +13,13 @@ from transformers import (
 
 from longshadow.engine.shadowkv import MemoryReport, ShadowKVCache, ShadowKVConfig
 from longshadow.models import LoadedModel
-from longshadow.streaming import MeasuringStreamer, PrefillCallback, TextCallback, prefill_hooks
+from longshadow.streaming import (
+    MeasuringStreamer,
+    PrefillCallback,
+    TextCallback,
+    prefill_hooks,
+    remembered_interrupts,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,21 +166,22 @@ def _stream(
     set_seed(sampling.seed)
     model: Any = loaded.model  # `generate` is a mixin's that PreTrainedModel's type does not tell
     prompt_ids = prompt_ids.to(model.device)
-    streamer = MeasuringStreamer(loaded.tokenizer, on_text)
-    try:
-        with prefill_hooks(model, on_prefill):
-            model.generate(
-                prompt_ids,
-                attention_mask=torch.ones_like(prompt_ids),
-                max_new_tokens=sampling.max_new_tokens,
-                past_key_values=cache,
-                streamer=streamer,
-                **sampling.arguments(),
-            )
-    except KeyboardInterrupt:
-        streamer.end()  # half a character may be held back
-        return streamer, True
-    return streamer, False
+    with remembered_interrupts() as is_interrupted:
+        streamer = MeasuringStreamer(loaded.tokenizer, on_text, is_interrupted)
+        try:
+            with prefill_hooks(model, on_prefill):
+                model.generate(
+                    prompt_ids,
+                    attention_mask=torch.ones_like(prompt_ids),
+                    max_new_tokens=sampling.max_new_tokens,
+                    past_key_values=cache,
+                    streamer=streamer,
+                    **sampling.arguments(),
+                )
+        except KeyboardInterrupt:
+            streamer.end()  # half a character may be held back
+            return streamer, True
+    return streamer, is_interrupted()
 
 
 def _num_bytes(cache: DynamicCache) -> int:

@@ -1,8 +1,11 @@
-"""A generation as it happens: layers of the prefill, then text and the times of its tokens."""
+"""A generation as it happens: layers of the prefill, then text and the times of its tokens, and Ctrl-C."""
 
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,11 +18,18 @@ PrefillCallback = Callable[[int, int], None]
 class MeasuringStreamer(BaseStreamer):
     """Hands on text as soon as its characters are complete, and keeps the tokens and when they came."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: TextCallback) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        on_text: TextCallback,
+        is_interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`is_interrupted`: asked at every token; once it is true, the next token raises KeyboardInterrupt."""
         self.tokens: list[int] = []
         self.pieces: list[str] = []
         self._tokenizer = tokenizer
         self._on_text = on_text
+        self._is_interrupted = is_interrupted
         self._started = time.perf_counter()
         self._times: list[float] = []
         self._saw_prompt = False
@@ -36,6 +46,8 @@ class MeasuringStreamer(BaseStreamer):
         text = self._untold_text()
         if text and not text.endswith("\ufffd"):  # else a character whose last bytes are to come
             self._tell(text)
+        if self._is_interrupted():
+            raise KeyboardInterrupt
 
     def end(self) -> None:
         """Hands on what is still held back."""
@@ -63,6 +75,31 @@ class MeasuringStreamer(BaseStreamer):
     def tokens_per_second(self) -> float | None:
         """Of the tokens after the first; None when there is none."""
         return (len(self._times) - 1) / (self._times[-1] - self._times[0]) if len(self._times) > 1 else None
+
+
+@contextmanager
+def remembered_interrupts() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether Ctrl-C came, also where its KeyboardInterrupt got lost.
+
+    Python drops an exception that is raised in a destructor, a weak reference's callback, or a callback from C,
+    and a signal may arrive just there. Only the main thread sees signals; a handler that is not Python's own
+    is left alone.
+    """
+    pressed = threading.Event()
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        pressed.set()
+        signal.default_int_handler(number, frame)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield pressed.is_set
+        return
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
