@@ -53,7 +53,7 @@ def check_full_size(model: PreTrainedModel, tokens: list[int], next_token: int) 
         chunk_size=CHUNK_TOKENS,
         dense_threshold=0,
     )
-    with ShadowKVCache.from_exact(model, everything, exact.to_dynamic()) as shadow:
+    with ShadowKVCache.from_exact(model, everything, exact.to_dynamic(), exact.query_energies) as shadow:
         results = [feed(model, shadow, [next_token])]
     with exact_attention(model):
         results.append(feed(model, exact, [next_token]))

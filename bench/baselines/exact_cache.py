@@ -42,7 +42,10 @@ SelectionMaker = Callable[["ExactLayer"], Selection]
 
 
 class ExactLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Keys and values of one layer, and the latest queries (times the scaling), which SnapKV's vote needs."""
+    """Keys and values of one layer, and of its queries (times the scaling) what some methods need.
+
+    The latest ones vote in SnapKV; the sums of squares [H, D] of all weight ShadowKV's basis.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -58,6 +61,7 @@ class ExactLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.teacher_forced = False
         self.selection: Selection | None = None
         self.recent_queries_HGWD: torch.Tensor | None = None
+        self.query_energy_HD: torch.Tensor | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Empty buffers in the shape, dtype and device of the first tokens."""
@@ -106,6 +110,8 @@ class ExactLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.recent_queries_HGWD is not None:
             recent.insert(0, self.recent_queries_HGWD)
         self.recent_queries_HGWD = torch.cat(recent, 2)[:, :, -RECENT_QUERIES:].clone()
+        energy = query_HGTD.square().sum((1, 2))
+        self.query_energy_HD = energy if self.query_energy_HD is None else self.query_energy_HD + energy
 
     def fork(self) -> ExactLayer:
         """A layer with the same tokens that goes on independently."""
@@ -114,6 +120,7 @@ class ExactLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         copy.keys = _grow(self.keys, self.num_tokens, self.num_tokens + HEADROOM)
         copy.values = _grow(self.values, self.num_tokens, self.num_tokens + HEADROOM)
         copy.num_tokens, copy.recent_queries_HGWD = self.num_tokens, self.recent_queries_HGWD
+        copy.query_energy_HD = self.query_energy_HD
         return copy
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -178,6 +185,11 @@ class ExactCache(Cache):
         """Attended tokens over visible tokens, mean over layers, KV heads and decoded tokens."""
         num_context = sum(layer.num_context for layer in self.layers)
         return sum(layer.num_attended for layer in self.layers) / num_context if num_context else 1.0
+
+    @property
+    def query_energies(self) -> list[torch.Tensor]:
+        """Of each layer [1, H, D], as `ShadowKVCache.from_exact` takes them."""
+        return [layer.query_energy_HD.unsqueeze(0) for layer in self.layers if layer.query_energy_HD is not None]
 
     def to_dynamic(self) -> DynamicCache:
         """The same tokens in transformers' own cache; shares memory with this one."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from bench.baselines.exact_cache import ExactLayer, SelectionMaker
 
+ORACLE = "oracle top-k"
 STREAMING_SINK_TOKENS = 4
 QUEST_PAGE_TOKENS = 16
 SNAPKV_POOLING = 7
@@ -152,7 +153,7 @@ class SnapKV:
 def selection_makers(fraction: float) -> dict[str, SelectionMaker]:
     """The baselines at one attended fraction, by the name they have in tables."""
     return {
-        "oracle top-k": partial(OracleTopK, fraction=fraction),
+        ORACLE: partial(OracleTopK, fraction=fraction),
         "Quest": partial(Quest, fraction=fraction),
         "SnapKV": partial(SnapKV, fraction=fraction),
         "StreamingLLM": partial(StreamingLLM, fraction=fraction),

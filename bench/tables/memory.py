@@ -21,7 +21,7 @@ PROBE = replace(SHAPE, num_layers=2, hidden_size=64, intermediate_size=64, vocab
 RANK = 160
 FULL, BF16, INT8 = "full cache, bf16", "ShadowKV, bf16", "ShadowKV, int8 factors and landmarks"
 # What does not grow with the context: the budget's resident slots, outlier and sink chunks, recent tokens, basis.
-FIXED_PARTS = ("resident", "exact chunks", "tail", "basis")
+FIXED_PARTS = ("resident", "exact chunks", "tail", "basis", "query energy")
 # One rotation serves all layers of a sequence.
 SHARED_PARTS = ("rotation",)
 
@@ -73,6 +73,7 @@ def make_shadow_cache(
         rank=RANK,
         factor_dtype=factor_dtype,
         value_store="host",
+        resident_factor=1.0,
         dense_threshold=0,
     )
     cache = ShadowKVCache.from_exact(model, cache_config, exact)
@@ -139,7 +140,7 @@ TABLE = Table(
     title="Device bytes per token and layer",
     about="Llama-3.1-8B shapes (8 KV heads of 128, 32 layers), rank 160, bf16, values in host memory (on a machine "
     "without a GPU: what would be). The slope between 32K and 64K tokens; resident "
-    "slots (1,024 selected tokens), sink and "
+    "slots (1,024 selected tokens, 3 candidates each), sink and "
     "outlier chunks, recent tokens and the basis do not grow with the context and "
     "stand apart. The rotation is one table "
     "for all layers and counted by 1/32.",

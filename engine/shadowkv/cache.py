@@ -1,7 +1,7 @@
 """`ShadowKVCache`: a transformers cache whose decoding reads a small, well-chosen part of a long context."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
@@ -12,12 +12,12 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from longshadow.engine.shadowkv.attention import IMPLEMENTATION, activate, deactivate
 from longshadow.engine.shadowkv.config import ShadowKVConfig
+from longshadow.engine.shadowkv.decode import StepCounts
 from longshadow.engine.shadowkv.families import AttentionLayer, RotaryAngles, describe_attention
 from longshadow.engine.shadowkv.layer import CacheState, ShadowKVLayer
 from longshadow.engine.shadowkv.memory import MemoryReport, PeakMemory, report
 from longshadow.engine.shadowkv.positions import RotationSource, TokenPositions
 from longshadow.engine.shadowkv.rope import Rotation
-from longshadow.engine.shadowkv.sequence import StepCounts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +25,18 @@ class Statistics:
     """What a cache's decoding did so far.
 
     Attributes:
-        hit_rate: share of selected chunks that were resident; 0 before any was selected.
+        hit_rate: share of candidate chunks whose keys were resident; 0 before there were any.
         attended_fraction: attended tokens (sink, outliers, selected, local, tail) over cached tokens, per
             decoding step and KV head; 1 before any step.
-        energy_kept: for each ShadowKV layer, the share of key energy in each segment's low-rank factors, mean
-            over the batch.
+        scored_fraction: tokens whose own key, exact or rebuilt, met the query, attended or not, over cached tokens.
+        energy_kept: for each ShadowKV layer, the share of key energy (of weighted keys, by default) in each
+            segment's low-rank factors, mean over the batch.
         num_tokens: tokens seen, padding included.
     """
 
     hit_rate: float
     attended_fraction: float
+    scored_fraction: float
     energy_kept: list[list[float]]
     num_tokens: int
 
@@ -88,15 +90,26 @@ class ShadowKVCache(Cache):
         return cls(model, config or ShadowKVConfig())
 
     @classmethod
-    def from_exact(cls, model: PreTrainedModel, config: ShadowKVConfig, exact: DynamicCache) -> Self:
-        """Compresses a prompt that `model` has prefilled into `exact`; no padding."""
+    def from_exact(
+        cls,
+        model: PreTrainedModel,
+        config: ShadowKVConfig,
+        exact: DynamicCache,
+        query_energies: Sequence[torch.Tensor] | None = None,
+    ) -> Self:
+        """Compresses a prompt that `model` has prefilled into `exact`; no padding.
+
+        query_energies: for each layer [B, KV heads, head_dim], squares of the prompt's (post-RoPE) queries, summed
+        over tokens and the query heads of each KV head. Without them all elements of a key count alike.
+        """
         cache = cls(model, config)
         num_tokens = exact.get_seq_length()
         for index, layer in enumerate(cache.layers):
             if isinstance(layer, ShadowKVLayer):
                 source: Any = exact.layers[index]
                 keys, values = source.keys, source.values
-                layer.absorb(keys, values, torch.arange(num_tokens, device=keys.device).unsqueeze(0))
+                energy = query_energies[index] if query_energies is not None else None
+                layer.absorb(keys, values, torch.arange(num_tokens, device=keys.device).unsqueeze(0), energy)
             else:
                 cache.layers[index] = exact.layers[index]
         return cache
@@ -147,10 +160,11 @@ class ShadowKVCache(Cache):
         """What decoding did so far."""
         layers = [layer for layer in self.layers if isinstance(layer, ShadowKVLayer)]
         counts = self._state.counts
-        selected_chunks = counts.hits + counts.misses
+        candidate_chunks = counts.hits + counts.misses
         return Statistics(
-            hit_rate=counts.hits / selected_chunks if selected_chunks else 0.0,
+            hit_rate=counts.hits / candidate_chunks if candidate_chunks else 0.0,
             attended_fraction=counts.attended_tokens / counts.context_tokens if counts.context_tokens else 1.0,
+            scored_fraction=counts.scored_tokens / counts.context_tokens if counts.context_tokens else 1.0,
             energy_kept=[layer.energy_kept() for layer in layers],
             num_tokens=self.get_seq_length(),
         )

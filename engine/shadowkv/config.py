@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 DEFAULT_BUDGET_FRACTION = 0.0156
 DEFAULT_BUDGET_TOKENS = 512
 DEFAULT_RANK = 160
@@ -22,7 +24,7 @@ class ShadowKVConfig:
         rank: rank of the pre-RoPE key cache, jointly over the KV heads of a layer (1 .. KV heads x head_dim).
             Default: min(160, a third of KV heads x head_dim).
         rank_energy: instead of a fixed rank, the smallest rank that keeps this share of the keys' energy,
-            per layer and segment, 0 < share <= 1.
+            weighted where `query_weighted` is, per layer and segment, 0 < share <= 1.
         center_keys: subtract the mean key before the factorisation (it pays where `k_proj` has a bias).
         chunk_size: tokens per chunk, the unit of selection, 1 .. 64.
         num_sink_chunks: chunks at the start of the context that are always attended exactly.
@@ -33,8 +35,14 @@ class ShadowKVConfig:
             of 512 and 2 x KV heads x head_dim, so that the segment's basis is small beside its tokens.
         dense_threshold: contexts up to this many tokens stay exact and are attended fully. Default: the
             larger of 1,024 and what a sparse step would attend anyway; 0 compresses every context.
-        resident_factor: rebuilt chunks kept between steps, least recently used first out, as a multiple of
-            the selected chunks: 0 (none) or >= 1.
+        candidate_factor: keys are rebuilt for this many times the budget's chunks, those with the best landmarks;
+            of their tokens the budget's share with the largest attention weights is attended, and only its values
+            are fetched. At least 1; 1 attends to every token of the chunks, as published.
+        query_weighted: weight the low-rank approximation of the keys by what the prompt's queries look at,
+            instead of approximating all elements alike, as published.
+        resident_factor: candidate chunks kept between steps, least recently used first out, as a multiple of
+            the candidates: 0 (none) or >= 1. Default: 1 on a GPU; 0 on a CPU, where keeping costs more than
+            it saves.
         key_store: "low_rank" rebuilds selected keys; "exact" stores them beside the values.
         value_store: "host" (main memory, pinned where there is a GPU) or "device".
         value_dtype: None (the model's) or "int8" (a scale per token and head), also for exact stored keys.
@@ -57,7 +65,9 @@ class ShadowKVConfig:
     local_tokens: int = 32
     segment_tokens: int | None = None
     dense_threshold: int | None = None
-    resident_factor: float = 1.0
+    candidate_factor: float = 3.0
+    query_weighted: bool = True
+    resident_factor: float | None = None
     key_store: Literal["low_rank", "exact"] = "low_rank"
     value_store: Literal["device", "host"] = "host"
     value_dtype: Literal["int8"] | None = None
@@ -82,7 +92,9 @@ class ShadowKVConfig:
         _check_at_least("prefill_chunk_size", self.prefill_chunk_size, 2)
         if not 1 <= self.chunk_size <= 64:
             raise ValueError(f"chunk_size must be between 1 and 64, got {self.chunk_size}")
-        if self.resident_factor != 0 and not 1 <= self.resident_factor < math.inf:
+        if not 1 <= self.candidate_factor < math.inf:
+            raise ValueError(f"candidate_factor must be at least 1, got {self.candidate_factor}")
+        if self.resident_factor not in (None, 0) and not 1 <= self.resident_factor < math.inf:
             raise ValueError(f"resident_factor must be 0 or at least 1, got {self.resident_factor}")
         _check_one_of("key_store", self.key_store, ("low_rank", "exact"))
         _check_one_of("value_store", self.value_store, ("device", "host"))
@@ -96,6 +108,13 @@ class ShadowKVConfig:
         if self.budget_fraction is not None:
             return math.ceil(self.budget_fraction * num_tokens)
         return max(math.ceil(DEFAULT_BUDGET_FRACTION * num_tokens), DEFAULT_BUDGET_TOKENS)
+
+    def num_resident_chunks(self, num_candidates: int, device: torch.device) -> int:
+        """Slots for `num_candidates` chunks per step and KV head."""
+        factor = self.resident_factor
+        if factor is None:
+            factor = 0 if device.type == "cpu" else 1
+        return round(factor * num_candidates)
 
     def num_selected_chunks(self, num_tokens: int) -> int:
         """Chunks to select per step and KV head when `num_tokens` are stored."""

@@ -5,7 +5,7 @@ Legend: B batch, Hq query heads, H KV heads, G = Hq / H, T queries, n keys, D he
 
 import functools
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,20 +41,37 @@ def attend_parts(
 
     softmax(scaling * query . key) value over the union of the parts, computed in fp32 or better.
     """
-    query = _at_least_fp32(query_HGD) * parameters.scaling
-    parts = [(_at_least_fp32(keys), _at_least_fp32(values)) for keys, values in parts if keys.shape[1]]
-    logits = cap_logits(join([dot(query, keys) for keys, _ in parts]), parameters.softcap)
+    parts = list(parts)
+    logits = [attention_logits(query_HGD, keys, parameters) for keys, _ in parts]
+    weights = attention_weights(logits, parameters)
+    return weigh_values(weights, [values for _, values in parts]).to(query_HGD.dtype)
+
+
+def attention_logits(query_HGD: torch.Tensor, keys_HnD: torch.Tensor, parameters: AttentionParameters) -> torch.Tensor:
+    """scaling * query . key, soft-capped, in fp32 or better: [H, G, n]."""
+    logits = dot(_at_least_fp32(query_HGD) * parameters.scaling, _at_least_fp32(keys_HnD))
+    return cap_logits(logits, parameters.softcap)
+
+
+def attention_weights(logits_HGn: Sequence[torch.Tensor], parameters: AttentionParameters) -> list[torch.Tensor]:
+    """One softmax over parts [H, G, n_i] and the sink column, if any; as parts again, without the sink."""
+    joined = join(logits_HGn)
     if parameters.sinks is not None:
-        sinks = parameters.sinks.to(logits).view(*query.shape[:2], 1)
-        probabilities = torch.cat([logits, sinks], 2).softmax(-1)[..., :-1]
-    else:
-        probabilities = logits.softmax(-1)
-    out = query.new_zeros(*query.shape[:2], parts[0][1].shape[2])
-    start = 0
-    for _, values in parts:
-        out.baddbmm_(probabilities[:, :, start : start + values.shape[1]], values)
-        start += values.shape[1]
-    return out.to(query_HGD.dtype)
+        joined = torch.cat([joined, parameters.sinks.to(joined).view(*joined.shape[:2], 1)], 2)
+    weights, start = joined.softmax(-1), 0
+    parts = []
+    for part in logits_HGn:
+        parts.append(weights[:, :, start : start + part.shape[2]])
+        start += part.shape[2]
+    return parts
+
+
+def weigh_values(weights_HGn: Sequence[torch.Tensor], values_HnD: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum over the parts of weights [H, G, n_i] x values [H, n_i, D], in the weights' dtype: [H, G, D]."""
+    out = weights_HGn[0].new_zeros(*weights_HGn[0].shape[:2], values_HnD[0].shape[2])
+    for weights, values in zip(weights_HGn, values_HnD, strict=True):
+        out.baddbmm_(weights, values.to(weights.dtype))
+    return out
 
 
 def attend_causal(

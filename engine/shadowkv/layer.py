@@ -14,12 +14,14 @@ from transformers.utils import logging
 
 from longshadow.engine.shadowkv.attention import expect_handoff, mark
 from longshadow.engine.shadowkv.config import ShadowKVConfig
+from longshadow.engine.shadowkv.decode import StepCounts
 from longshadow.engine.shadowkv.exact import AttentionParameters
 from longshadow.engine.shadowkv.families import AttentionLayer
 from longshadow.engine.shadowkv.memory import PeakMemory
 from longshadow.engine.shadowkv.positions import Rows, TokenPositions
+from longshadow.engine.shadowkv.query_weights import QueryEnergy
 from longshadow.engine.shadowkv.rope import Rotation
-from longshadow.engine.shadowkv.sequence import RotationTable, Sequence, StepCounts
+from longshadow.engine.shadowkv.sequence import RotationTable, Sequence
 
 logger = logging.get_logger(__name__)
 
@@ -184,11 +186,22 @@ class ShadowKVLayer(CacheLayerMixin):
         sequence.finish_prompt(keys, values, rotations)
         self._state.peak.observe(transient=exact_bytes)
 
-    def absorb(self, keys: torch.Tensor, values: torch.Tensor, position_ids: torch.Tensor) -> None:
-        """Caches a prompt that was attended elsewhere: keys, values [B, H, T, D], without padding."""
+    def absorb(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        position_ids: torch.Tensor,
+        query_energy: torch.Tensor | None,
+    ) -> None:
+        """Caches a prompt that was attended elsewhere: keys, values [B, H, T, D], without padding.
+
+        query_energy [B, H, D]: squares of its queries, summed over the tokens and the query heads of each KV head.
+        """
         self.lazy_initialization(keys, values)
         self._note_positions(keys.shape[0], keys.shape[2], None, position_ids)
         for index, sequence in enumerate(self.sequences):
+            if query_energy is not None and self._state.config.query_weighted:
+                sequence.query_energy = QueryEnergy(query_energy[index])
             self._finish_prompt(sequence, keys[index], values[index], self._rotations(index))
 
     def _rotations(self, index: int) -> RotationTable:

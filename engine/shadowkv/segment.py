@@ -42,9 +42,11 @@ class LowRankKeys:
         config: ShadowKVConfig,
         *,
         rank: int | None,
+        weights_HD: torch.Tensor | None,
     ) -> None:
         """Factorises keys whose `rotation` is undone first (None: a layer without RoPE).
 
+        `weights_HD` says what an error in each element costs (None: all the same).
         Works block by block: beside the keys themselves it needs one block of un-rotated keys.
         """
         num_heads, num_tokens, head_dim = keys_HnD.shape
@@ -60,7 +62,8 @@ class LowRankKeys:
             joint: torch.Tensor = keys.transpose(0, 1).flatten(1)
             return joint
 
-        gram = GramAccumulator(num_heads * head_dim, keys_HnD.device)
+        weights = None if weights_HD is None else weights_HD.flatten()
+        gram = GramAccumulator(num_heads * head_dim, keys_HnD.device, weights)
         for block in blocks:
             gram.add(joint_keys(block))
         compute_dtype = torch.float64 if keys_HnD.dtype == torch.float64 else torch.float32
@@ -114,6 +117,7 @@ class StoredChunks:
     def __init__(self, tokens_HnD: torch.Tensor, config: ShadowKVConfig, *, part: str) -> None:
         self._part = part
         self._num_heads = tokens_HnD.shape[0]
+        self._chunk_size = config.chunk_size
         self._num_chunks = tokens_HnD.shape[1] // config.chunk_size
         self._rows = RowStore(
             tokens_HnD.unflatten(1, (-1, config.chunk_size)).flatten(0, 1),
@@ -126,6 +130,13 @@ class StoredChunks:
         heads = torch.arange(self._num_heads, device=chunks_Hk.device).unsqueeze(1)
         rows = self._rows.gather((heads * self._num_chunks + chunks_Hk).flatten())
         return rows.view(*chunks_Hk.shape, *rows.shape[1:])
+
+    def gather_tokens(self, tokens_Ht: torch.Tensor) -> torch.Tensor:
+        """The vectors of each head's own tokens, [H, t, D]."""
+        heads = torch.arange(self._num_heads, device=tokens_Ht.device).unsqueeze(1)
+        num_tokens = self._num_chunks * self._chunk_size
+        vectors = self._rows.gather_groups((heads * num_tokens + tokens_Ht).flatten())
+        return vectors.view(*tokens_Ht.shape, vectors.shape[1])
 
     def span(self, start: int, stop: int) -> torch.Tensor:
         """The vectors of chunks start .. stop of every head, [H, stop - start, c, D]."""
@@ -195,12 +206,14 @@ def compress(
     config: ShadowKVConfig,
     *,
     rank: int | None,
+    key_weights: torch.Tensor | None,
     num_sink_chunks: int,
     num_outlier_chunks: int,
 ) -> Segment:
     """Compresses exact post-RoPE keys and values of n tokens (a multiple of the chunk size).
 
-    `rotation` holds the cos and sin the keys were rotated with, `rank` None means `config.rank_energy`.
+    `rotation` holds the cos and sin the keys were rotated with, `rank` None means `config.rank_energy`,
+    `key_weights` [H, D] are those of `QueryEnergy`.
     """
     landmarks, min_cosine = summarize_chunks(keys_HnD, config.chunk_size)
     exact_chunks = choose_exact_chunks(min_cosine, num_sink_chunks, num_outlier_chunks)
@@ -210,7 +223,7 @@ def compress(
     if config.key_store == "exact":
         keys = StoredChunks(keys_HnD, config, part="keys")
     else:
-        keys = LowRankKeys(keys_HnD, rotation, layout, config, rank=rank)
+        keys = LowRankKeys(keys_HnD, rotation, layout, config, rank=rank, weights_HD=key_weights)
         energy_kept = keys.energy_kept
     heads = torch.arange(keys_HnD.shape[0], device=keys_HnD.device).unsqueeze(1)
     return Segment(

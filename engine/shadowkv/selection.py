@@ -1,9 +1,11 @@
-"""Which chunks a decoding step attends to.
+"""Which chunks a decoding step considers, which of their tokens it attends to, and how those are brought.
 
-Legend: H KV heads, G query heads per KV head, D head_dim, C chunks of all segments, k selected chunks.
+Legend: H KV heads, G query heads per KV head, D head_dim, C chunks of all segments, m candidate chunks of c tokens,
+t selected tokens. Chunks and tokens are numbered over all segments.
 """
 
 import itertools
+from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
 
 import torch
@@ -51,28 +53,51 @@ def cap_logits(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def gather_chunks(segments: Sequence_[Segment], chunks_Hk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [H, k, c, D] of chunks given by their number over all segments."""
-    if len(segments) == 1:
-        return segments[0].keys.gather(chunks_Hk), segments[0].values.gather(chunks_Hk)
-    keys: torch.Tensor | None = None
-    values: torch.Tensor | None = None
+def select_tokens(weights_HGn: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """The tokens with the largest attention weight in any query head of the group, [H, num_tokens], unordered."""
+    return weights_HGn.amax(1).topk(num_tokens, dim=1, sorted=False).indices
+
+
+def chunk_tokens(chunks_Hm: torch.Tensor, chunk_size: int, places_Ht: torch.Tensor | None = None) -> torch.Tensor:
+    """Numbers of the chunks' tokens, [H, m c], or of those at some places among them, [H, t]."""
+    if places_Ht is not None:
+        return chunks_Hm.gather(1, places_Ht // chunk_size) * chunk_size + places_Ht % chunk_size
+    offsets = torch.arange(chunk_size, device=chunks_Hm.device)
+    return (chunks_Hm.unsqueeze(2) * chunk_size + offsets).flatten(1)
+
+
+def gather_keys(segments: Sequence_[Segment], chunks_Hm: torch.Tensor) -> torch.Tensor:
+    """Keys of each head's own chunks, [H, m, c, D]."""
+    sources = [(segment.keys.gather, segment.num_chunks) for segment in segments]
+    return _gather_across(sources, chunks_Hm)
+
+
+def gather_values(segments: Sequence_[Segment], tokens_Ht: torch.Tensor) -> torch.Tensor:
+    """Values of each head's own tokens, [H, t, D]."""
+    sources = [(segment.values.gather_tokens, segment.num_tokens) for segment in segments]
+    return _gather_across(sources, tokens_Ht)
+
+
+def _gather_across(
+    sources: Sequence_[tuple[Callable[[torch.Tensor], torch.Tensor], int]], numbers_Hk: torch.Tensor
+) -> torch.Tensor:
+    """What sources of so many items each give for items numbered over all of them, [H, k, ...]."""
+    if len(sources) == 1:
+        return sources[0][0](numbers_Hk)
+    gathered: torch.Tensor | None = None
+    heads = torch.arange(numbers_Hk.shape[0], device=numbers_Hk.device).unsqueeze(1)
     start = 0
-    for segment in segments:
-        # Heads ask a segment for different numbers of chunks: pad with chunk 0 and write only what was asked.
-        inside = (chunks_Hk >= start) & (chunks_Hk < start + segment.num_chunks)
+    for gather, size in sources:
+        # Heads ask a source for different numbers of items: pad with item 0 and write only what was asked.
+        inside = (numbers_Hk >= start) & (numbers_Hk < start + size)
         width = int(inside.sum(1).max())
         if width:
             columns = inside.int().argsort(dim=1, descending=True, stable=True)[:, :width]
             wanted = inside.gather(1, columns)
-            local = (chunks_Hk.gather(1, columns) - start).masked_fill_(~wanted, 0)
-            found_keys, found_values = segment.keys.gather(local), segment.values.gather(local)
-            if keys is None or values is None:
-                keys = found_keys.new_empty(*chunks_Hk.shape, *found_keys.shape[2:])
-                values = found_values.new_empty(*chunks_Hk.shape, *found_values.shape[2:])
-            heads = torch.arange(chunks_Hk.shape[0], device=chunks_Hk.device).unsqueeze(1).expand_as(columns)
-            keys[heads[wanted], columns[wanted]] = found_keys[wanted]
-            values[heads[wanted], columns[wanted]] = found_values[wanted]
-        start += segment.num_chunks
-    assert keys is not None and values is not None
-    return keys, values
+            found = gather((numbers_Hk.gather(1, columns) - start).masked_fill_(~wanted, 0))
+            if gathered is None:
+                gathered = found.new_empty(*numbers_Hk.shape, *found.shape[2:])
+            gathered[heads.expand_as(columns)[wanted], columns[wanted]] = found[wanted]
+        start += size
+    assert gathered is not None
+    return gathered

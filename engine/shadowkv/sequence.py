@@ -10,25 +10,16 @@ from dataclasses import dataclass, field
 import torch
 
 from longshadow.engine.shadowkv.config import MINIMUM_SEGMENT_TOKENS, ShadowKVConfig
-from longshadow.engine.shadowkv.exact import AttentionParameters, attend_causal, attend_parts, attend_streamed
+from longshadow.engine.shadowkv.decode import StepCounts, attend_sparsely
+from longshadow.engine.shadowkv.exact import AttentionParameters, attend_causal, attend_streamed
+from longshadow.engine.shadowkv.query_weights import QueryEnergy
 from longshadow.engine.shadowkv.resident import ResidentChunks
 from longshadow.engine.shadowkv.rope import RotaryLayout, Rotation
 from longshadow.engine.shadowkv.segment import Segment, compress
-from longshadow.engine.shadowkv.selection import gather_chunks, score_chunks, select_chunks
 from longshadow.engine.shadowkv.storage import ExactTokens
 
 HISTORY_BLOCK_TOKENS = 4096
 RotationTable = Callable[[int, int], Rotation | None]
-
-
-@dataclass(kw_only=True)
-class StepCounts:
-    """What decoding did, over all steps, layers and sequences: tokens per KV head, chunks of all heads."""
-
-    attended_tokens: int = 0
-    context_tokens: int = 0
-    hits: int = 0
-    misses: int = 0
 
 
 @dataclass(eq=False, kw_only=True)
@@ -42,6 +33,7 @@ class Sequence:
         tail: exact tokens after the last segment.
         parked: exact tokens of a prompt whose last chunk has not come yet, in the value store.
         device: where parked tokens are computed with.
+        query_energy: of the prompts' queries so far.
     """
 
     config: ShadowKVConfig
@@ -51,6 +43,7 @@ class Sequence:
     tail: ExactTokens = field(default_factory=ExactTokens)
     parked: ExactTokens | None = None
     device: torch.device | None = None
+    query_energy: QueryEnergy = field(default_factory=QueryEnergy)
     resident: ResidentChunks = field(default_factory=ResidentChunks)
     counts: StepCounts = field(default_factory=StepCounts)
 
@@ -71,6 +64,8 @@ class Sequence:
 
         query [Hq, T, D], keys and values [H, T, D], not cached yet. Returns [Hq, T, D].
         """
+        if self.config.query_weighted:
+            self.query_energy.add(query, keys.shape[0])
         if self.num_tokens == 0:
             return attend_causal(query, keys, values, parameters)
         return attend_streamed(query, self._history(), (keys, values), parameters)
@@ -151,44 +146,17 @@ class Sequence:
                 self.layout,
                 config,
                 rank=rank,
+                key_weights=self.query_energy.key_weights(self.layout),
                 num_sink_chunks=0 if self.segments else config.num_sink_chunks,
                 num_outlier_chunks=min(num_outliers, num_tokens // config.chunk_size),
             ),
         ]
 
     def attend_token(self, query: torch.Tensor, parameters: AttentionParameters) -> torch.Tensor:
-        """Sparse attention of the newest cached token, query [Hq, D], over its history: [Hq, D].
-
-        Sink and outlier chunks, the selected chunks of every KV head, and the tail, in one softmax.
-        """
-        parts = [(segment.exact_keys, segment.exact_values) for segment in self.segments]
+        """Sparse attention of the newest cached token, query [Hq, D], over its history: [Hq, D]."""
         grouped = query.view(self.tail.keys.shape[0], -1, query.shape[1])
-        parts += self._selected_parts(grouped, parameters)
-        parts.append((self.tail.keys, self.tail.values))
-        self.counts.attended_tokens += sum(keys.shape[1] for keys, _ in parts)
-        self.counts.context_tokens += self.num_tokens
-        return attend_parts(grouped, parts, parameters).flatten(0, 1)
-
-    def _selected_parts(
-        self, query_HGD: torch.Tensor, parameters: AttentionParameters
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        num_candidates = sum(segment.num_chunks - segment.exact_chunks.shape[1] for segment in self.segments)
-        num_selected = min(self.config.num_selected_chunks(self.num_tokens), num_candidates)
-        if num_selected == 0:
-            return []
-        scores = score_chunks(query_HGD, self.segments, parameters.scaling, parameters.softcap)
-        selected = select_chunks(scores, num_selected)
-        if self.config.resident_factor == 0:
-            keys, values = gather_chunks(self.segments, selected)
-            num_misses = selected.numel()
-        else:
-            num_slots = min(round(self.config.resident_factor * num_selected), num_candidates)
-            keys, values, num_misses = self.resident.fetch(
-                selected, num_slots, lambda chunks: gather_chunks(self.segments, chunks)
-            )
-        self.counts.misses += num_misses
-        self.counts.hits += selected.numel() - num_misses
-        return [(keys.flatten(1, 2), values.flatten(1, 2))]
+        out = attend_sparsely(grouped, self.segments, self.tail, self.resident, self.config, parameters, self.counts)
+        return out.flatten(0, 1)
 
     def copy(self) -> "Sequence":
         """A sequence that goes on independently and shares the segments."""
@@ -200,6 +168,7 @@ class Sequence:
             tail=self.tail.copy(),
             parked=None if self.parked is None else self.parked.copy(),
             device=self.device,
+            query_energy=self.query_energy.copy(),
             resident=self.resident.copy(),
             counts=self.counts,
         )
@@ -213,4 +182,5 @@ class Sequence:
         parts["tail"] += self.tail.tensors
         parts["parked"] += self.parked.tensors if self.parked is not None else []
         parts["resident"] += self.resident.tensors
+        parts["query energy"] += self.query_energy.tensors
         return parts

@@ -44,6 +44,12 @@ class RowStore:
         scales = None if self._scales_Rg is None else self._scales_Rg.index_select(0, rows)
         return self._unpack(self._rows_Rgw.index_select(0, rows), scales)
 
+    def gather_groups(self, groups: torch.Tensor) -> torch.Tensor:
+        """Single groups by flat index row * g + group [m] -> [m, w], in the source's dtype and on its device."""
+        groups = groups.to(self._rows_Rgw.device)
+        scales = None if self._scales_Rg is None else self._scales_Rg.flatten().index_select(0, groups)
+        return self._unpack(self._rows_Rgw.flatten(0, 1).index_select(0, groups), scales)
+
     def slice(self, start: int, stop: int) -> torch.Tensor:
         """Rows start .. stop of every leading block: the store as [stop - start, g, w]."""
         scales = None if self._scales_Rg is None else self._scales_Rg[start:stop]

@@ -67,14 +67,26 @@ def tiny_model(family: str, **overrides: Any) -> PreTrainedModel:
 class DenseShadowKV:
     """Dense-masked ShadowKV for one forward-by-forward run of a model; batch with left padding."""
 
-    def __init__(self, *, rank: int, budget_chunks: int, outliers: int, local: int, segment: int, chunk: int = 8):
+    def __init__(
+        self,
+        *,
+        rank: int,
+        budget_chunks: int,
+        candidate_chunks: int,
+        outliers: int,
+        local: int,
+        segment: int,
+        weighted: bool,
+        chunk: int = 8,
+    ):
         self.rank, self.budget_chunks, self.outliers = rank, budget_chunks, outliers
+        self.candidate_chunks, self.weighted = candidate_chunks, weighted
         self.local, self.segment, self.chunk = local, segment, chunk
         self.raw: list[torch.Tensor] = []
         self.angles: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.tokens: dict[tuple[int, int], list[tuple[torch.Tensor, ...]]] = defaultdict(list)
         self.segments: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
-        self.sliding: dict[int, list[torch.Tensor]] = {}
+        self.energy: dict[tuple[int, int], torch.Tensor] = {}
         self.real: torch.Tensor | None = None
 
     @contextlib.contextmanager
@@ -136,20 +148,40 @@ class DenseShadowKV:
                 keys = exact
             else:
                 self.compress(layer, row, from_decode=True)
-                keys, visible = self.sparse(layer, row, query[row, :, 0], exact, scaling, softcap, group)
+                keys, visible, candidates = self.sparse(layer, row, query[row, :, 0], exact, scaling, softcap, group)
                 visible = visible.repeat_interleave(group, 0)[:, None]
             logits = query[row, :, num_new - real_new :] @ keys.repeat_interleave(group, 0).mT * scaling
             logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-            logits = logits.masked_fill(~visible, -torch.inf)
-            if s_aux is not None:
-                logits = torch.cat([logits, s_aux[:, None, None].expand(-1, logits.shape[1], 1)], -1)
-                p = logits.softmax(-1)[..., :-1]
-            else:
-                p = logits.softmax(-1)
+            p = self.softmax(logits, visible, s_aux)
+            if num_new == 1 and sliding_window is None:
+                best = p[:, 0].unflatten(0, (-1, group)).amax(1).masked_fill(~candidates, -1)
+                best = best.topk(self.budget_chunks * self.chunk).indices
+                dropped = candidates.scatter(1, best, False)
+                p = self.softmax(logits, visible & ~dropped.repeat_interleave(group, 0)[:, None], s_aux)
             out[row, :, num_new - real_new :] = p @ values.repeat_interleave(group, 0)
             if num_new > 1 and sliding_window is None:
+                queries = query[row, :, num_new - real_new :].double().unflatten(0, (-1, group))
+                self.energy[layer, row] = queries.square().sum((1, 2))
                 self.compress(layer, row, from_decode=False)
         return out.transpose(1, 2).contiguous(), None
+
+    @staticmethod
+    def softmax(logits, visible, s_aux):
+        logits = logits.masked_fill(~visible, -torch.inf)
+        if s_aux is None:
+            return logits.softmax(-1)
+        return torch.cat([logits, s_aux[:, None, None].expand(-1, logits.shape[1], 1)], -1).softmax(-1)[..., :-1]
+
+    def weights(self, layer: int, row: int, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
+        """Root mean square of the queries over each set of elements that the family's rotation mixes."""
+        energy = self.energy[layer, row]
+        if cos is not None:
+            unit = torch.eye(energy.shape[1])[None]
+            turned = self.rotate(unit, cos.expand(unit.shape[1], -1), sin.expand(unit.shape[1], -1))[0]
+            mixed = ((turned.abs() > 1e-6) | unit[0].bool()).double()
+            energy = energy @ mixed.T / mixed.sum(1)
+        weights = energy.sqrt()
+        return (weights / weights.mean()).flatten()
 
     def compress(self, layer: int, row: int, *, from_decode: bool) -> None:
         tokens, segments = self.tokens[layer, row], self.segments[layer, row]
@@ -167,8 +199,9 @@ class DenseShadowKV:
             rank = round(rank * old / (old + heads * dim))
             outliers = round(outliers * old / segments[0]["stop"])
         mean = joint.mean(0)
-        u, s, v = torch.linalg.svd(joint - mean, full_matrices=False)
-        low = ((u[:, :rank] * s[:rank]) @ v[:rank] + mean).float().view(old, heads, dim)
+        weights = self.weights(layer, row, *part[1][3:]) if self.weighted else torch.ones(heads * dim).double()
+        u, s, v = torch.linalg.svd((joint - mean) * weights, full_matrices=False)
+        low = ((u[:, :rank] * s[:rank]) @ v[:rank] / weights + mean).float().view(old, heads, dim)
         if part[0][3] is not None:
             low = self.rotate(low.transpose(0, 1), torch.stack([t[3] for t in part]), torch.stack([t[4] for t in part]))
         else:
@@ -191,8 +224,8 @@ class DenseShadowKV:
         logits = torch.einsum("hgd,hcd->hgc", query.unflatten(0, (-1, group)), landmark) * scaling
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
         scores = logits.masked_fill(kept[:, None], -torch.inf).softmax(-1).amax(1)
-        chosen = torch.zeros_like(kept).scatter_(1, scores.topk(self.budget_chunks).indices, True)
+        chosen = torch.zeros_like(kept).scatter_(1, scores.topk(self.candidate_chunks).indices, True)
         visible = torch.cat([(chosen | kept).repeat_interleave(self.chunk, 1), tail], 1)
         low = torch.cat([*(s["low"] for s in segments), exact[:, segments[-1]["stop"] :]], 1)
         use_exact = torch.cat([kept.repeat_interleave(self.chunk, 1), tail], 1)
-        return torch.where(use_exact[..., None], exact, low), visible
+        return torch.where(use_exact[..., None], exact, low), visible, visible & ~use_exact

@@ -6,8 +6,15 @@ import torch
 from longshadow.engine.shadowkv.basis import GramAccumulator, LowRankBasis
 
 
-def solve(keys: torch.Tensor, *, blocks: int = 1, center: bool = False, **how: object) -> LowRankBasis:
-    gram = GramAccumulator(keys.shape[1], keys.device)
+def solve(
+    keys: torch.Tensor,
+    *,
+    blocks: int = 1,
+    center: bool = False,
+    weights: torch.Tensor | None = None,
+    **how: object,
+) -> LowRankBasis:
+    gram = GramAccumulator(keys.shape[1], keys.device, weights)
     for block in keys.chunk(blocks):
         gram.add(block)
     arguments = {"rank": None, "rank_energy": None, **how}
@@ -20,17 +27,20 @@ def decaying_keys(num_tokens: int, width: int) -> torch.Tensor:
     return torch.randn(num_tokens, width, generator=generator) @ mixing.T + 0.5
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("blocks", [1, 5])
 @pytest.mark.parametrize("rank", [1, 7, 24])
-def test_error_equals_the_truncated_svds(rank: int, blocks: int, center: bool) -> None:
+def test_error_equals_the_truncated_svds(rank: int, blocks: int, center: bool, weighted: bool) -> None:
     keys = decaying_keys(701, 24)
-    basis = solve(keys, blocks=blocks, center=center, rank=rank)
+    weights = torch.linspace(2, 0.1, 24) if weighted else torch.ones(24)
+    basis = solve(keys, blocks=blocks, center=center, weights=weights if weighted else None, rank=rank)
     offset = keys.double().mean(0) if center else torch.zeros(24, dtype=torch.float64)
-    spectrum = torch.linalg.svdvals(keys.double() - offset)
-    error = (basis.coefficients(keys) @ basis.rows + basis.mean - keys).double().square().sum()
+    spectrum = torch.linalg.svdvals((keys.double() - offset) * weights)
+    difference = basis.coefficients(keys) @ basis.rows + basis.mean - keys
+    error = (difference * weights).double().square().sum()
     assert float(error) == pytest.approx(float(spectrum[rank:].square().sum()), rel=1e-3, abs=1e-6)
-    kept = 1 - float(spectrum[rank:].square().sum() / keys.double().square().sum())
+    kept = 1 - float(spectrum[rank:].square().sum() / (keys * weights).double().square().sum())
     assert basis.energy_kept == pytest.approx(kept, abs=1e-6)
 
 

@@ -3,6 +3,7 @@
 import gc
 import logging
 import weakref
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -144,7 +145,9 @@ def test_half_precision_follows_the_stock_cache(dtype: torch.dtype) -> None:
         dict(value_dtype="int8"),
         dict(factor_dtype="int8"),
         dict(key_store="exact", value_dtype="int8"),
-        dict(resident_factor=0),
+        dict(resident_factor=1),
+        dict(candidate_factor=1),
+        dict(query_weighted=False),
     ],
 )
 def test_stores_change_results_by_rounding_only(llama: Any, stores: dict[str, Any]) -> None:
@@ -241,7 +244,7 @@ def test_generated_tokens_cost_what_prompt_tokens_cost(llama: Any) -> None:
             llama(prompt(1), past_key_values=cache)
         after = cache.memory()
     grown = (after.total_bytes - before.total_bytes) / 512
-    apart = before.device["tail"] + before.device["resident"]
+    apart = before.device["tail"]
     assert grown == pytest.approx((before.total_bytes - apart) / 1024, rel=0.05)
     assert cache.statistics().num_tokens == 1057 + 512
 
@@ -262,10 +265,48 @@ def test_from_exact_equals_an_own_prefill(llama: Any) -> None:
         llama(prompt(130), past_key_values=exact)
         own = ShadowKVCache.for_model(llama, config)
         llama(prompt(130), past_key_values=own)
-        for cache in (own, ShadowKVCache.from_exact(llama, config, exact)):
+        energies = [torch.stack(layer.sequences[0].query_energy.tensors) for layer in own.layers]
+        for cache in (own, ShadowKVCache.from_exact(llama, config, exact, energies)):
             logits.append(llama(prompt(1, seed=4), past_key_values=cache).logits)
             cache.close()
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-4)
+
+
+def test_residents_change_nothing_but_what_is_fetched(llama: Any) -> None:
+    config = ShadowKVConfig(**COMPRESSING, candidate_factor=2, segment_tokens=64)
+    logits, hit_rates = [], []
+    for resident_factor in (0, 1, 2.5):
+        with (
+            ShadowKVCache.for_model(llama, replace(config, resident_factor=resident_factor)) as cache,
+            torch.no_grad(),
+        ):
+            llama(prompt(300, batch=2), past_key_values=cache)
+            steps = [llama(prompt(1, batch=2, seed=step), past_key_values=cache).logits for step in range(80)]
+        logits.append(torch.cat(steps, 1))
+        hit_rates.append(cache.statistics().hit_rate)
+    for other in logits[1:]:
+        torch.testing.assert_close(other, logits[0], rtol=0, atol=1e-4)
+    assert hit_rates[0] == 0 < hit_rates[1] < hit_rates[2]
+
+
+def test_more_candidates_find_more_of_the_attention(llama: Any) -> None:
+    """With all keys as candidates the step attends to the tokens of the largest weight: the error shrinks."""
+    ids = prompt(600)
+    with torch.no_grad():
+        stock = DynamicCache(config=llama.config)
+        llama(ids, past_key_values=stock)
+        expected = llama(prompt(1, seed=5), past_key_values=stock).logits
+        errors = []
+        for factor in (1, 3, 100):
+            config = ShadowKVConfig(**{**COMPRESSING, "rank": 32, "budget_tokens": 96}, candidate_factor=factor)
+            with ShadowKVCache.for_model(llama, config) as cache:
+                llama(ids, past_key_values=cache)
+                logits = llama(prompt(1, seed=5), past_key_values=cache).logits
+            errors.append(float((logits - expected).norm()))
+            statistics = cache.statistics()
+            assert statistics.attended_fraction == pytest.approx((24 + 9 + 96) / 601)
+            assert statistics.scored_fraction == pytest.approx(min(1, (24 + 9 + 96 * factor) / 601))
+    assert errors[0] > errors[1] > errors[2]
 
 
 def test_leaving_restores_the_models_attention_with_the_last_cache(llama: Any) -> None:

@@ -18,6 +18,8 @@ from longshadow.engine.shadowkv import ShadowKVConfig
         (dict(rank_energy=0.0), "rank_energy must be above 0"),
         (dict(chunk_size=65), "chunk_size must be between 1 and 64"),
         (dict(local_tokens=0), "local_tokens must be at least 1"),
+        (dict(candidate_factor=0.9), "candidate_factor must be at least 1"),
+        (dict(candidate_factor=float("inf")), "candidate_factor must be at least 1"),
         (dict(resident_factor=0.5), "resident_factor must be 0 or at least 1"),
         (dict(key_store="low-rank"), "key_store must be one of 'low_rank', 'exact'"),
         (dict(value_dtype="int4"), "value_dtype must be one of None, 'int8'"),

@@ -62,14 +62,17 @@ class _NewTokensOnly(DynamicCache):
         return self.seen + query_length, 0
 
 
+@pytest.mark.parametrize("as_published", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_compressed_decoding_equals_a_dense_masked_computation(family: str) -> None:
+def test_compressed_decoding_equals_a_dense_masked_computation(family: str, as_published: bool) -> None:
     model = tiny_model(family)
     ids, mask = padded_batch()
     steps = torch.randint(2, 128, (2, STEPS + 8), generator=torch.Generator().manual_seed(2))
     config = ShadowKVConfig(
         rank=10,
-        budget_tokens=24,
+        budget_tokens=16,
+        candidate_factor=1 if as_published else 2,
+        query_weighted=not as_published,
         num_outlier_chunks=2,
         local_tokens=8,
         segment_tokens=64,
@@ -78,7 +81,15 @@ def test_compressed_decoding_equals_a_dense_masked_computation(family: str) -> N
     )
     with ShadowKVCache.for_model(model, config) as cache:
         actual = teacher_forced_logits(model, ids, mask, steps, cache)
-    reference = DenseShadowKV(rank=10, budget_chunks=3, outliers=2, local=8, segment=64)
+    reference = DenseShadowKV(
+        rank=10,
+        budget_chunks=2,
+        candidate_chunks=2 if as_published else 4,
+        outliers=2,
+        local=8,
+        segment=64,
+        weighted=not as_published,
+    )
     reference.real = mask.bool()
     with reference.running(model):
         expected = teacher_forced_logits(model, ids, mask, steps, _NewTokensOnly())
