@@ -2,20 +2,25 @@
 
 The public names are imported when first used; `import longshadow` needs neither torch nor transformers.
     from longshadow import ShadowKVCache, ShadowKVConfig
+    from longshadow import PrefixTree, prefix_mask, share_prefixes
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from longshadow.engine.prefix_sharing import PrefixTree, prefix_mask, share_prefixes
     from longshadow.engine.shadowkv import ShadowKVCache, ShadowKVConfig
 
 __version__ = "0.1.0"
-__all__ = ["ShadowKVCache", "ShadowKVConfig", "__version__"]
+__all__ = ["PrefixTree", "ShadowKVCache", "ShadowKVConfig", "__version__", "prefix_mask", "share_prefixes"]
 
 _HOME = {
+    "PrefixTree": "longshadow.engine.prefix_sharing",
     "ShadowKVCache": "longshadow.engine.shadowkv",
     "ShadowKVConfig": "longshadow.engine.shadowkv",
+    "prefix_mask": "longshadow.engine.prefix_sharing",
+    "share_prefixes": "longshadow.engine.prefix_sharing",
 }
 
 

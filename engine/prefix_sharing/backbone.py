@@ -1,0 +1,328 @@
+"""`share_prefixes`: a model's backbone computes tokens that rows have in common once.
+
+Only the backbone's forward is wrapped. Whoever calls the model passes its ordinary padded batch and gets hidden
+states in that shape, so losses, metrics and adapters know nothing of it.
+"""
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from longshadow.engine.prefix_sharing.attention import attend_tree
+from longshadow.engine.prefix_sharing.expand import expand_nodes
+from longshadow.engine.prefix_sharing.tree import PrefixTree
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "longshadow_prefix_sharing_"
+TREE = "longshadow_prefix_tree"
+_SHARING = "_longshadow_prefix_sharing"
+# Of hidden states relative to their largest, where an extra column of padding changes nothing at all.
+SMALLEST_TOLERANCE = 1e-6
+VERIFICATION_FACTOR = 10
+SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(kw_only=True)
+class SharingReport:
+    """What sharing did since it was enabled.
+
+    Attributes:
+        shared_batches, ordinary_batches: forwards that went each way.
+        padded_tokens, unique_tokens: of the shared batches.
+        reasons: why forwards went the ordinary way, and how often.
+        verified: the first shared batch was compared with the ordinary path.
+    """
+
+    shared_batches: int = 0
+    ordinary_batches: int = 0
+    padded_tokens: int = 0
+    unique_tokens: int = 0
+    reasons: dict[str, int]
+    verified: bool = False
+
+
+@dataclass(eq=False, kw_only=True)
+class _Sharing:
+    model: PreTrainedModel
+    backbone: nn.Module
+    forward: Callable[..., Any]
+    replaced: Callable[..., Any] | None
+    minimum_ratio: float
+    verify_first_batch: bool
+    report: SharingReport
+    previous_attention: str
+
+
+@contextmanager
+def share_prefixes(
+    model: nn.Module, *, minimum_ratio: float = 1.1, verify_first_batch: bool = True
+) -> Iterator[SharingReport]:
+    """Within, forwards of `model` compute each distinct prefix token once; results stay those of the padded batch.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one; not a wrapped one (DDP, FSDP:
+            pass what they wrap).
+        minimum_ratio: batches with fewer padded tokens per distinct token than this run the ordinary way; at
+            least 1.
+        verify_first_batch: compare the first shared batch with the ordinary path, without dropout, and raise
+            RuntimeError where they differ by more than ten times what one more column of padding changes.
+
+    Yields a report of what was shared. Raises ValueError for models that cannot be shared, with the reason.
+    """
+    report = enable_prefix_sharing(model, minimum_ratio=minimum_ratio, verify_first_batch=verify_first_batch)
+    try:
+        yield report
+    finally:
+        disable_prefix_sharing(model)
+
+
+def enable_prefix_sharing(
+    model: nn.Module, *, minimum_ratio: float = 1.1, verify_first_batch: bool = True
+) -> SharingReport:
+    """As `share_prefixes`, until `disable_prefix_sharing`."""
+    if not minimum_ratio >= 1:
+        raise ValueError(f"minimum_ratio must be at least 1, got {minimum_ratio}")
+    language_model = _language_model(model)
+    backbone = language_model.base_model
+    if hasattr(backbone, _SHARING):
+        raise ValueError("prefix sharing is already enabled for this model")
+    reason = _why_not(model, language_model)
+    if reason is not None:
+        raise ValueError(f"{type(language_model).__name__} cannot share prefixes: {reason}")
+    sharing = _Sharing(
+        model=language_model,
+        backbone=backbone,
+        forward=backbone.forward,
+        replaced=vars(backbone).get("forward"),
+        minimum_ratio=minimum_ratio,
+        verify_first_batch=verify_first_batch,
+        report=SharingReport(reasons={}),
+        previous_attention=language_model.config._attn_implementation,
+    )
+    language_model.set_attn_implementation(_register(sharing.previous_attention))
+    # Attributes of the module itself, so that a deep copy of the model gets its own.
+    setattr(backbone, _SHARING, sharing)
+    backbone.forward = MethodType(_shared_forward, backbone)
+    return sharing.report
+
+
+def disable_prefix_sharing(model: nn.Module) -> None:
+    """Gives the model its own forward and attention back."""
+    backbone = _language_model(model).base_model
+    sharing: _Sharing | None = getattr(backbone, _SHARING, None)
+    if sharing is None:
+        raise ValueError("prefix sharing is not enabled for this model")
+    delattr(backbone, _SHARING)
+    del backbone.forward
+    if sharing.replaced is not None:
+        backbone.forward = sharing.replaced
+    sharing.model.set_attn_implementation(sharing.previous_attention)
+
+
+def _language_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model, without PEFT's wrapper."""
+    unwrap: Any = getattr(model, "get_base_model", None)
+    inner = model if unwrap is None else unwrap()
+    if not isinstance(inner, PreTrainedModel) or inner.base_model is inner:
+        raise ValueError(
+            f"prefix sharing needs a transformers model with a head, or PEFT around one, got {type(model).__name__}"
+        )
+    return inner
+
+
+def _why_not(model: nn.Module, language_model: PreTrainedModel) -> str | None:
+    config = language_model.config.get_text_config(decoder=True)
+    others = set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYERS
+    if others:
+        return f"it has layers of type {', '.join(sorted(others))}"
+    if language_model.config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    if not language_model._supports_attention_backend:
+        return "its attention does not go through transformers' attention interface"
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is not None and getattr(adapter, "is_prompt_learning", False):
+        return "prompt-learning adapters put their own tokens before each row"
+    return None
+
+
+def _register(previous: str) -> str:
+    """An attention implementation that attends to trees and leaves everything else to the previous one."""
+    name = PREFIX + previous
+    if name not in AttentionInterface._global_mapping:
+        AttentionInterface.register(name, functools.partial(_attention_forward, previous))
+        AttentionMaskInterface.register(name, _mask_function(previous))
+    return name
+
+
+def _mask_function(previous: str) -> Callable[..., Any]:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    function: Callable[..., Any] = ALL_MASK_ATTENTION_FUNCTIONS[previous]
+    return function
+
+
+def _attention_forward(
+    previous: str,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    tree: PrefixTree | None = kwargs.pop(TREE, None)
+    if tree is None:
+        ordinary: tuple[torch.Tensor, torch.Tensor | None] = _previous_attention(previous, module)(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+        return ordinary
+    output = attend_tree(
+        query,
+        key,
+        value,
+        tree,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        dropout=dropout,
+        sliding_window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _previous_attention(previous: str, module: nn.Module) -> Callable[..., Any]:
+    """What the module would have called; "eager" is a function of its own source file."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if previous == "eager":
+        function: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+        return function
+    function = ALL_ATTENTION_FUNCTIONS[previous]
+    return function
+
+
+def _shared_forward(
+    backbone: nn.Module,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    sharing: _Sharing = getattr(backbone, _SHARING)
+    tree, reason = _tree_of(sharing, input_ids, attention_mask, kwargs)
+    if tree is None:
+        if reason not in sharing.report.reasons:
+            logger.warning("prefix sharing: a batch runs the ordinary way, %s", reason)
+        sharing.report.reasons[reason] = sharing.report.reasons.get(reason, 0) + 1
+        sharing.report.ordinary_batches += 1
+        return sharing.forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+    assert input_ids is not None
+    if sharing.verify_first_batch and not sharing.report.verified:
+        _verify(sharing, tree, input_ids, attention_mask, kwargs)
+        sharing.report.verified = True
+    sharing.report.shared_batches += 1
+    sharing.report.padded_tokens += input_ids.numel()
+    sharing.report.unique_tokens += tree.num_tokens
+    return _run_tree(sharing, tree, kwargs)
+
+
+def _tree_of(
+    sharing: _Sharing, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]
+) -> tuple[PrefixTree | None, str]:
+    """The tree of a batch, or the reason why it runs the ordinary way."""
+    if input_ids is None or kwargs.get("inputs_embeds") is not None:
+        return None, "it comes as embeddings"
+    if kwargs.get("past_key_values") is not None or (kwargs.get("use_cache") and not torch.is_grad_enabled()):
+        return None, "it fills or continues a cache"
+    if kwargs.get("position_ids") is not None:
+        return None, "it brings its own position_ids"
+    for name in ("output_attentions", "output_hidden_states"):
+        if kwargs.get(name, getattr(sharing.model.config, name, False)):
+            return None, f"{name} is asked for"
+    if any(
+        name.startswith(("pixel", "image", "video", "audio")) for name, given in kwargs.items() if given is not None
+    ):
+        return None, "it has images, video or audio"
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        return None, "its mask is not [rows, columns]"
+    try:
+        tree = PrefixTree.from_batch(input_ids, attention_mask)
+    except ValueError as error:
+        return None, str(error)
+    if tree.token_ratio < sharing.minimum_ratio:
+        return None, f"it has fewer than {sharing.minimum_ratio:g} padded tokens per distinct token"
+    return tree, ""
+
+
+def _run_tree(sharing: _Sharing, tree: PrefixTree, kwargs: dict[str, Any]) -> Any:
+    kwargs = {
+        name: given for name, given in kwargs.items() if given is not None and name not in ("use_cache", "return_dict")
+    }
+    # A mask of four dimensions is handed on as it is, so none of T x T is ever made.
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tree.token_ids.device)
+    output = sharing.forward(
+        input_ids=tree.token_ids.unsqueeze(0),
+        attention_mask=mask,
+        position_ids=tree.positions.unsqueeze(0),
+        use_cache=False,
+        return_dict=True,
+        **{TREE: tree},
+        **kwargs,
+    )
+    output.last_hidden_state = expand_nodes(output.last_hidden_state[0], tree)
+    if getattr(output, "router_logits", None) is not None:
+        output.router_logits = tuple(
+            expand_nodes(logits, tree).flatten(0, 1) for logits in output.router_logits if logits is not None
+        )
+    return output
+
+
+@torch.no_grad()
+def _verify(
+    sharing: _Sharing,
+    tree: PrefixTree,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> None:
+    """Compares both paths on real tokens, without dropout; the measure is what one more pad column changes."""
+    modes = [(module, module.training) for module in sharing.backbone.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        ordinary = sharing.forward(input_ids=input_ids, attention_mask=mask, **kwargs).last_hidden_state
+        pad = torch.zeros_like(input_ids[:, :1])
+        wider = sharing.forward(
+            input_ids=torch.cat([input_ids, pad], 1), attention_mask=torch.cat([mask, pad.to(mask)], 1), **kwargs
+        ).last_hidden_state[:, :-1]
+        shared = _run_tree(sharing, tree, kwargs).last_hidden_state
+    finally:
+        for module, training in modes:
+            module.training = training
+    real = tree.is_real
+    scale = float(ordinary[real].abs().max())
+    noise = float((wider - ordinary)[real].abs().max())
+    if not noise < float("inf"):
+        raise RuntimeError(
+            f"{type(sharing.model).__name__} gives NaN or infinity without prefix sharing, so there is nothing to "
+            "compare with: check the batch, or pass verify_first_batch=False"
+        )
+    error = float((shared - ordinary)[real].abs().max())
+    tolerance = VERIFICATION_FACTOR * max(noise, SMALLEST_TOLERANCE * scale, scale * torch.finfo(ordinary.dtype).eps)
+    if not error <= tolerance:
+        raise RuntimeError(
+            f"prefix sharing changes the hidden states of {type(sharing.model).__name__} by {error:.2e}, more than "
+            f"{tolerance:.2e} (one more column of padding: {noise:.2e}): this model cannot share prefixes"
+        )

@@ -1,0 +1,37 @@
+"""From the tree's nodes back to the rows a trainer expects.
+
+Legend: N rows, L columns, T nodes, H hidden size.
+"""
+
+from typing import Any
+
+import torch
+
+from longshadow.engine.prefix_sharing.tree import PrefixTree
+
+
+def expand_nodes(nodes: torch.Tensor, tree: PrefixTree) -> torch.Tensor:
+    """Gives each cell of the padded batch its node's vector, zeros to padding: [T, H] -> [N, L, H].
+
+    The gradient of a node is the sum over its cells, added in fp32 or better and rounded once.
+    """
+    expanded: torch.Tensor = _Expand.apply(nodes, tree.node_of, tree.is_real)  # type: ignore[no-untyped-call]
+    return expanded
+
+
+class _Expand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, nodes: torch.Tensor, node_of: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(node_of, is_real)
+        ctx.num_nodes = nodes.shape[0]
+        rows = nodes.index_select(0, node_of.flatten()).view(*node_of.shape, nodes.shape[1])
+        return rows.masked_fill_(~is_real.unsqueeze(2), 0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        node_of, is_real = ctx.saved_tensors
+        summed = gradient.new_zeros(
+            ctx.num_nodes, gradient.shape[2], dtype=torch.promote_types(gradient.dtype, torch.float32)
+        )
+        summed.index_add_(0, node_of[is_real], gradient[is_real].to(summed.dtype))
+        return summed.to(gradient.dtype), None, None

@@ -1,0 +1,171 @@
+"""Models with shared prefixes against themselves without: hidden states, logits, gradients; and leaving."""
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from longshadow import share_prefixes
+from longshadow.engine.prefix_sharing import backbone as module
+from tests.engine.prefix_sharing.batches import groups, pad, pairs
+from tests.engine.shadowkv.families import FAMILIES, tiny_model
+
+
+def losses_and_gradients(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A loss that depends on every real position's logits, as trainers compute them, and its gradients."""
+    model.zero_grad()
+    output = model(input_ids=ids, attention_mask=mask, use_cache=False)
+    logps = output.logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+    weight = torch.linspace(-1, 1, len(ids), dtype=logps.dtype)[:, None] * (mask[:, 1:] * mask[:, :-1])
+    (logps * weight).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return output, gradients
+
+
+def assert_same(model: Any, ids: torch.Tensor, mask: torch.Tensor, tolerance: float = 1e-5) -> Any:
+    """Models in fp64 still normalise in fp32; `test_attention` compares to fp64's own precision."""
+    expected, expected_gradients = losses_and_gradients(model, ids, mask)
+    with share_prefixes(model) as report:
+        actual, gradients = losses_and_gradients(model, ids, mask)
+    assert report.shared_batches == 1 and report.verified, report.reasons
+    assert report.unique_tokens < report.padded_tokens == ids.numel()
+    real = mask.bool()
+    torch.testing.assert_close(actual.logits[real], expected.logits[real], rtol=0, atol=tolerance)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        scale = float(expected_gradients[name].abs().max()) + 1e-9
+        assert float((gradient - expected_gradients[name]).abs().max()) <= tolerance * max(1, scale), name
+    return actual, expected
+
+
+# Their experts' matrix products, or their only attention with padding, exist in single precision alone.
+SINGLE = {"qwen3_moe", "gpt_oss"}
+
+
+def double_model(family: str, **overrides: Any) -> Any:
+    """In fp64 and with SDPA where the family can; transformers' eager attention gives NaN for padding in fp64."""
+    model = tiny_model(family, **overrides)
+    if family in SINGLE:
+        return model
+    model.set_attn_implementation("sdpa")
+    return model.double()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_every_family_is_unchanged(family: str, padding_side: str) -> None:
+    rows = pairs() if padding_side == "right" else groups()
+    tolerance = 1e-4 if family in SINGLE else 1e-5
+    assert_same(double_model(family), *pad(rows, side=padding_side), tolerance)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_models_own_attention_serves_what_is_not_shared(implementation: str) -> None:
+    model = tiny_model("llama")
+    model.set_attn_implementation(implementation)
+    ids, mask = pad(pairs())
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        with share_prefixes(model, minimum_ratio=100) as report:
+            actual = model(ids, attention_mask=mask).logits
+            generated = model.generate(ids[:1], max_new_tokens=3, do_sample=False)
+        assert model.config._attn_implementation == implementation
+        assert torch.equal(generated, model.generate(ids[:1], max_new_tokens=3, do_sample=False))
+    assert torch.equal(actual, expected)
+    assert report.shared_batches == 0 and len(report.reasons) == 2
+
+
+def test_mixture_of_experts_keeps_its_auxiliary_loss() -> None:
+    model = double_model("qwen3_moe", output_router_logits=True)
+    ids, mask = pad(pairs())
+    actual, expected = assert_same(model, ids, mask, 1e-4)
+    torch.testing.assert_close(actual.aux_loss, expected.aux_loss, rtol=1e-6, atol=0)
+
+
+def test_gradient_checkpointing() -> None:
+    model = double_model("llama").train()
+    model.gradient_checkpointing_enable()
+    assert_same(model, *pad(pairs()))
+
+
+def test_pad_tokens_inside_the_text_and_equal_rows() -> None:
+    model = double_model("llama")
+    assert_same(model, *pad([[5, 0, 0, 7], [5, 0, 0, 7], [5, 0, 0], [5, 0, 9]]))
+
+
+def test_single_precision_is_close() -> None:
+    model = tiny_model("llama")
+    ids, mask = pad(pairs())
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        with share_prefixes(model):
+            actual = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-4)
+
+
+def test_leaving_restores_the_model_also_after_an_error() -> None:
+    model = tiny_model("llama")
+    before = (model.config._attn_implementation, model.model.forward)
+    with share_prefixes(model):
+        assert (model.config._attn_implementation, model.model.forward) != before
+        with pytest.raises(ValueError, match="already enabled"):
+            module.enable_prefix_sharing(model)
+    assert (model.config._attn_implementation, model.model.forward) == before
+    with pytest.raises(KeyError), share_prefixes(model):
+        raise KeyError
+    assert (model.config._attn_implementation, model.model.forward) == before
+    with pytest.raises(ValueError, match="not enabled"):
+        module.disable_prefix_sharing(model)
+
+
+def test_a_copy_of_the_model_shares_by_itself() -> None:
+    model = double_model("llama")
+    ids, mask = pad(pairs())
+    with share_prefixes(model) as report, torch.no_grad():
+        other = copy.deepcopy(model)
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+        halved = other(ids, attention_mask=mask).logits
+        assert report.shared_batches == 0
+        module.disable_prefix_sharing(other)
+        torch.testing.assert_close(halved[mask.bool()], other(ids, attention_mask=mask).logits[mask.bool()])
+        model(ids, attention_mask=mask)
+        assert report.shared_batches == 1
+
+
+def test_rows_that_share_nothing_run_the_ordinary_way(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("llama")
+    ids, mask = pad([[1, 2, 3], [4, 5, 6]])
+    with share_prefixes(model) as report, torch.no_grad(), caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            model(ids, attention_mask=mask)
+    assert report.reasons == {"it has fewer than 1.1 padded tokens per distinct token": 3}
+    assert caplog.text.count("runs the ordinary way") == 1, "the reason is told once"
+
+
+def test_the_first_batch_is_compared_with_the_ordinary_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = module.attend_tree
+    monkeypatch.setattr(module, "attend_tree", lambda *args, **kwargs: attend(*args, **kwargs) * 1.001)
+    model = tiny_model("llama")
+    ids, mask = pad(pairs())
+    with share_prefixes(model), pytest.raises(RuntimeError, match="cannot share prefixes"):
+        model(ids, attention_mask=mask)
+    with share_prefixes(model, verify_first_batch=False) as report:
+        model(ids, attention_mask=mask)
+    assert report.shared_batches == 1 and not report.verified
+
+
+def test_what_cannot_be_shared_is_refused_with_the_reason() -> None:
+    from transformers import BertConfig, BertModel
+
+    bert = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    with pytest.raises(ValueError, match="with a head"), share_prefixes(bert):
+        pass
+    encoder_decoder = tiny_model("llama")
+    encoder_decoder.config.is_encoder_decoder = True
+    with pytest.raises(ValueError, match="it is an encoder-decoder"), share_prefixes(encoder_decoder):
+        pass
+    with pytest.raises(ValueError, match="minimum_ratio"), share_prefixes(tiny_model("llama"), minimum_ratio=0.5):
+        pass
