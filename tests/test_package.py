@@ -67,11 +67,12 @@ except SystemExit as stop:
 
 
 def test_public_names_are_those_of_the_engine() -> None:
-    from longshadow.engine import shadowkv
+    from longshadow.engine import prefix_sharing, shadowkv
 
+    homes = {**vars(prefix_sharing), **vars(shadowkv), "__version__": longshadow.__version__}
     for name in longshadow.__all__:
         assert name in dir(longshadow)
-        assert getattr(longshadow, name) is getattr(shadowkv, name, longshadow.__version__)
+        assert getattr(longshadow, name) is homes[name]
 
 
 def test_unknown_name_is_an_attribute_error() -> None:
