@@ -68,8 +68,9 @@ except SystemExit as stop:
 
 def test_public_names_are_those_of_the_engine() -> None:
     from longshadow.engine import prefix_sharing, shadowkv
+    from longshadow.engine.prefix_sharing import trainers
 
-    homes = {**vars(prefix_sharing), **vars(shadowkv), "__version__": longshadow.__version__}
+    homes = {**vars(trainers), **vars(prefix_sharing), **vars(shadowkv), "__version__": longshadow.__version__}
     for name in longshadow.__all__:
         assert name in dir(longshadow)
         assert getattr(longshadow, name) is homes[name]

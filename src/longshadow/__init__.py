@@ -3,6 +3,7 @@
 The public names are imported when first used; `import longshadow` needs neither torch nor transformers.
     from longshadow import ShadowKVCache, ShadowKVConfig
     from longshadow import PrefixTree, prefix_mask, share_prefixes
+    from longshadow import PrefixSharingDPOTrainer
 """
 
 from importlib import import_module
@@ -10,12 +11,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from longshadow.engine.prefix_sharing import PrefixTree, prefix_mask, share_prefixes
+    from longshadow.engine.prefix_sharing.trainers import PrefixSharingDPOTrainer
     from longshadow.engine.shadowkv import ShadowKVCache, ShadowKVConfig
 
 __version__ = "0.1.0"
-__all__ = ["PrefixTree", "ShadowKVCache", "ShadowKVConfig", "__version__", "prefix_mask", "share_prefixes"]
+__all__ = [
+    "PrefixSharingDPOTrainer",
+    "PrefixTree",
+    "ShadowKVCache",
+    "ShadowKVConfig",
+    "__version__",
+    "prefix_mask",
+    "share_prefixes",
+]
 
 _HOME = {
+    "PrefixSharingDPOTrainer": "longshadow.engine.prefix_sharing.trainers",
     "PrefixTree": "longshadow.engine.prefix_sharing",
     "ShadowKVCache": "longshadow.engine.shadowkv",
     "ShadowKVConfig": "longshadow.engine.shadowkv",

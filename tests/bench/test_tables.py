@@ -9,7 +9,7 @@ from bench import needles, prose
 from bench.peak import PeakMemoryMeter
 from bench.session import Session
 from bench.table import load_table
-from bench.tables import decode_attention, decode_end_to_end, memory
+from bench.tables import decode_attention, decode_end_to_end, dpo_step, memory
 from tests.bench.test_methods import SHAPE
 
 
@@ -60,6 +60,32 @@ def test_decode_end_to_end(monkeypatch):
     assert 0 < decoding["ShadowKV"]["attended"] < 1
     [share] = [row["share"] for row in rows if "share" in row]
     assert share > 0
+
+
+def test_dpo_step(monkeypatch):
+    monkeypatch.setattr(dpo_step, "SHAPE", SHAPE)
+    cells = (
+        dpo_step.Cell(kind=dpo_step.PAIR, prompt=24, response=8),
+        dpo_step.Cell(kind=dpo_step.GROUP, prompt=24, response=8),
+    )
+    rows = run("dpo_step", dpo_step.Config(cells=cells, repeats=1))
+    ratios = [row["ratio"] for row in rows if row["method"] == dpo_step.SHARED]
+    assert ratios == pytest.approx([64 / 40, 256 / 88])
+    assert all(row["speedup"] == 1 for row in rows if row["method"] == dpo_step.PADDED)
+
+
+def test_a_wrong_shared_step_turns_the_check_red(monkeypatch):
+    monkeypatch.setattr(dpo_step, "SHAPE", SHAPE)
+    shared_step = dpo_step.shared_step
+
+    def wrong(policy, *arguments):
+        shared_step(policy, *arguments)
+        policy.lm_head.weight.grad.mul_(1.01)
+
+    monkeypatch.setattr(dpo_step, "shared_step", wrong)
+    cells = (dpo_step.Cell(kind=dpo_step.PAIR, prompt=24, response=8),)
+    outcome = load_table("dpo_step").run(dpo_step.Config(cells=cells, repeats=1), Session())
+    assert not outcome.check.passed
 
 
 def test_peak_memory_sees_what_was_freed_again():

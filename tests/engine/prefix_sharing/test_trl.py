@@ -21,6 +21,8 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
 )
 
+from longshadow import PrefixSharingDPOTrainer  # noqa: E402
+
 VOCABULARY, STEPS = 200, 3
 SIZES = dict(
     vocab_size=VOCABULARY,
@@ -68,7 +70,8 @@ def train(
     preferences: Any,
     folder: Path,
     *,
-    share: bool,
+    share: bool = False,
+    trainer_class: Any = None,
     family: str = "llama",
     dtype: torch.dtype = torch.float64,
     lora: bool = False,
@@ -95,7 +98,7 @@ def train(
         max_length=96,
         **arguments,
     )
-    trainer = trl.DPOTrainer(
+    trainer = (trainer_class or trl.DPOTrainer)(
         model=model,
         ref_model=reference,
         args=config,
@@ -114,6 +117,9 @@ def train(
         assert report.padded_tokens > 1.3 * report.unique_tokens
     else:
         trainer.train()
+    if trainer_class is not None:
+        reports = [trainer.policy_sharing, *([] if lora else [trainer.reference_sharing])]
+        assert all(report.shared_batches >= STEPS and not report.ordinary_batches for report in reports)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     weights = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
     return logged, weights
@@ -137,9 +143,22 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_dpo_is_unchanged(tokenizer: Any, preferences: Any, tmp_path: Path, case: str) -> None:
     arguments = CASES[case]
-    expected, expected_weights = train(tokenizer, preferences, tmp_path, share=False, **arguments)
-    actual, weights = train(tokenizer, preferences, tmp_path, share=True, **arguments)
-    tolerance = 1e-4 if arguments.get("dtype") == torch.float32 else 1e-5
+    expected = train(tokenizer, preferences, tmp_path, **arguments)
+    assert_same(train(tokenizer, preferences, tmp_path, share=True, **arguments), expected, arguments.get("dtype"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_trainer_shares_by_itself(tokenizer: Any, preferences: Any, tmp_path: Path, lora: bool) -> None:
+    expected = train(tokenizer, preferences, tmp_path, lora=lora)
+    assert_same(
+        train(tokenizer, preferences, tmp_path, lora=lora, trainer_class=PrefixSharingDPOTrainer), expected, None
+    )
+
+
+def assert_same(mine_of: Any, theirs_of: Any, dtype: torch.dtype | None) -> None:
+    (actual, weights), (expected, expected_weights) = mine_of, theirs_of
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-5
     assert len(actual) == len(expected) == STEPS
     timed = {"epoch", "step", "total_flos"} | {key for key in expected[0] if "runtime" in key or "per_second" in key}
     for mine, theirs in zip(actual, expected, strict=True):
