@@ -3,7 +3,7 @@
 The public names are imported when first used; `import longshadow` needs neither torch nor transformers.
     from longshadow import ShadowKVCache, ShadowKVConfig
     from longshadow import PrefixTree, prefix_mask, share_prefixes
-    from longshadow import PrefixSharingDPOTrainer
+    from longshadow import PrefixSharingDPOTrainer, PrefixSharingGRPOTrainer, PrefixSharingRLOOTrainer
 """
 
 from importlib import import_module
@@ -11,12 +11,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from longshadow.engine.prefix_sharing import PrefixTree, prefix_mask, share_prefixes
-    from longshadow.engine.prefix_sharing.trainers import PrefixSharingDPOTrainer
+    from longshadow.engine.prefix_sharing.trainers import (
+        PrefixSharingDPOTrainer,
+        PrefixSharingGRPOTrainer,
+        PrefixSharingRLOOTrainer,
+    )
     from longshadow.engine.shadowkv import ShadowKVCache, ShadowKVConfig
 
 __version__ = "0.1.0"
 __all__ = [
     "PrefixSharingDPOTrainer",
+    "PrefixSharingGRPOTrainer",
+    "PrefixSharingRLOOTrainer",
     "PrefixTree",
     "ShadowKVCache",
     "ShadowKVConfig",
@@ -27,6 +33,8 @@ __all__ = [
 
 _HOME = {
     "PrefixSharingDPOTrainer": "longshadow.engine.prefix_sharing.trainers",
+    "PrefixSharingGRPOTrainer": "longshadow.engine.prefix_sharing.trainers",
+    "PrefixSharingRLOOTrainer": "longshadow.engine.prefix_sharing.trainers",
     "PrefixTree": "longshadow.engine.prefix_sharing",
     "ShadowKVCache": "longshadow.engine.shadowkv",
     "ShadowKVConfig": "longshadow.engine.shadowkv",

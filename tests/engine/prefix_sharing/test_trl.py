@@ -21,7 +21,7 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
 )
 
-from longshadow import PrefixSharingDPOTrainer  # noqa: E402
+from longshadow import PrefixSharingDPOTrainer, PrefixSharingGRPOTrainer, PrefixSharingRLOOTrainer  # noqa: E402
 
 VOCABULARY, STEPS = 200, 3
 SIZES = dict(
@@ -160,7 +160,7 @@ def assert_same(mine_of: Any, theirs_of: Any, dtype: torch.dtype | None) -> None
     (actual, weights), (expected, expected_weights) = mine_of, theirs_of
     tolerance = 1e-4 if dtype == torch.float32 else 1e-5
     assert len(actual) == len(expected) == STEPS
-    timed = {"epoch", "step", "total_flos"} | {key for key in expected[0] if "runtime" in key or "per_second" in key}
+    timed = {"epoch", "step", "total_flos"} | {key for key in expected[0] if "time" in key or "per_second" in key}
     for mine, theirs in zip(actual, expected, strict=True):
         assert mine.keys() == theirs.keys()
         for key in theirs.keys() - timed:
@@ -168,4 +168,60 @@ def assert_same(mine_of: Any, theirs_of: Any, dtype: torch.dtype | None) -> None
     for name, weight in weights.items():
         difference = (weight - expected_weights[name]).abs()
         assert (difference <= tolerance * expected_weights[name].abs().clamp(min=1)).all(), name
-    assert actual[0]["loss"] != actual[-1]["loss"], "nothing was learned: the test is blind"
+    assert all(entry["grad_norm"] > 1e-3 for entry in actual), "nothing was learned: the test is blind"
+
+
+def train_groups(
+    kind: str, tokenizer: Any, folder: Path, *, share: bool, batches: int
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], Any]:
+    """GRPO or RLOO with two groups of four per generation, split into `batches` micro-batches."""
+    ours = {"GRPO": PrefixSharingGRPOTrainer, "RLOO": PrefixSharingRLOOTrainer}[kind]
+    chance = random.Random(0)
+    prompts = [" ".join(f"w{chance.randrange(VOCABULARY - 3)}" for _ in range(length)) for length in (30, 19, 25, 40)]
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"](), attn_implementation="sdpa", dtype=torch.float64)
+    config = getattr(trl, f"{kind}Config")(
+        output_dir=str(folder),
+        per_device_train_batch_size=8 // batches,
+        gradient_accumulation_steps=batches,
+        num_generations=4,
+        max_completion_length=12,
+        max_steps=STEPS,
+        learning_rate=1e-3,
+        logging_steps=1,
+        report_to=[],
+        bf16=False,
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        beta=0.0,
+    )
+    trainer = (ours if share else getattr(trl, f"{kind}Trainer"))(
+        model=model,
+        reward_funcs=lambda completions, **_: [float(len(set(text.split()))) for text in completions],
+        args=config,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
+    return logged, weights, trainer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_groups_are_unchanged(tokenizer: Any, tmp_path: Path, kind: str) -> None:
+    *expected, _ = train_groups(kind, tokenizer, tmp_path, share=False, batches=1)
+    *actual, trainer = train_groups(kind, tokenizer, tmp_path, share=True, batches=1)
+    assert trainer.policy_sharing.shared_batches >= STEPS
+    assert trainer.policy_sharing.padded_tokens > 2 * trainer.policy_sharing.unique_tokens
+    assert_same(actual, expected, None)
+
+
+@pytest.mark.slow
+def test_micro_batches_hold_whole_groups(tokenizer: Any, tmp_path: Path) -> None:
+    *_, trainer = train_groups("GRPO", tokenizer, tmp_path, share=True, batches=2)
+    for batch in trainer._buffered_inputs:
+        assert len(batch["prompt_ids"].unique(dim=0)) == 1
+    assert trainer.policy_sharing.padded_tokens > 2 * trainer.policy_sharing.unique_tokens
