@@ -84,11 +84,13 @@ class LowRankKeys:
         rows = self._coefficients.gather(chunks_Hk.flatten()).view(num_heads, num_chunks * self._chunk_size, -1)
         if self._rotation is None:
             return self._rebuild(rows, None)
-        tokens = chunks_Hk.unsqueeze(-1) * self._chunk_size + torch.arange(self._chunk_size, device=chunks_Hk.device)
-        tokens = tokens.flatten()
-        picked = Rotation(self._rotation.cos.index_select(0, tokens), self._rotation.sin.index_select(0, tokens))
-        shape = (num_heads, num_chunks * self._chunk_size, -1)
-        return self._rebuild(rows, Rotation(picked.cos.view(shape), picked.sin.view(shape)))
+        # Whole chunks of cos and sin at a time: a few long rows are read faster than many short ones.
+        chunks, shape = chunks_Hk.flatten(), (num_heads, num_chunks * self._chunk_size, -1)
+        cos, sin = (
+            table.view(-1, self._chunk_size * table.shape[1]).index_select(0, chunks).view(shape)
+            for table in (self._rotation.cos, self._rotation.sin)
+        )
+        return self._rebuild(rows, Rotation(cos, sin))
 
     def span(self, start: int, stop: int) -> torch.Tensor:
         """Rebuilds the keys of chunks start .. stop of every head, [H, stop - start, c, D]."""
