@@ -4,9 +4,7 @@ Only the backbone's forward is wrapped. Whoever calls the model passes its ordin
 states in that shape, so losses, metrics and adapters know nothing of it.
 """
 
-import functools
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,20 +13,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
-from longshadow.engine.prefix_sharing.attention import attend_tree
 from longshadow.engine.prefix_sharing.expand import expand_nodes
+from longshadow.engine.prefix_sharing.interface import TREE, register_tree_attention
 from longshadow.engine.prefix_sharing.tree import PrefixTree
+from longshadow.engine.prefix_sharing.verification import verify_first_batch
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "longshadow_prefix_sharing_"
-TREE = "longshadow_prefix_tree"
 _SHARING = "_longshadow_prefix_sharing"
-# Of hidden states relative to their largest, where an extra column of padding changes nothing at all.
-SMALLEST_TOLERANCE = 1e-6
-VERIFICATION_FACTOR = 10
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -109,7 +103,7 @@ def enable_prefix_sharing(
         report=SharingReport(reasons={}),
         previous_attention=language_model.config._attn_implementation,
     )
-    language_model.set_attn_implementation(_register(sharing.previous_attention))
+    language_model.set_attn_implementation(register_tree_attention(sharing.previous_attention))
     # Attributes of the module itself, so that a deep copy of the model gets its own.
     setattr(backbone, _SHARING, sharing)
     backbone.forward = MethodType(_shared_forward, backbone)
@@ -155,64 +149,6 @@ def _why_not(model: nn.Module, language_model: PreTrainedModel) -> str | None:
     return None
 
 
-def _register(previous: str) -> str:
-    """An attention implementation that attends to trees and leaves everything else to the previous one."""
-    name = PREFIX + previous
-    if name not in AttentionInterface._global_mapping:
-        AttentionInterface.register(name, functools.partial(_attention_forward, previous))
-        AttentionMaskInterface.register(name, _mask_function(previous))
-    return name
-
-
-def _mask_function(previous: str) -> Callable[..., Any]:
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    function: Callable[..., Any] = ALL_MASK_ATTENTION_FUNCTIONS[previous]
-    return function
-
-
-def _attention_forward(
-    previous: str,
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    tree: PrefixTree | None = kwargs.pop(TREE, None)
-    if tree is None:
-        ordinary: tuple[torch.Tensor, torch.Tensor | None] = _previous_attention(previous, module)(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
-        return ordinary
-    output = attend_tree(
-        query,
-        key,
-        value,
-        tree,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        dropout=dropout,
-        sliding_window=kwargs.get("sliding_window"),
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
-    )
-    return output.transpose(1, 2).contiguous(), None
-
-
-def _previous_attention(previous: str, module: nn.Module) -> Callable[..., Any]:
-    """What the module would have called; "eager" is a function of its own source file."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if previous == "eager":
-        function: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
-        return function
-    function = ALL_ATTENTION_FUNCTIONS[previous]
-    return function
-
-
 def _shared_forward(
     backbone: nn.Module,
     input_ids: torch.Tensor | None = None,
@@ -229,7 +165,13 @@ def _shared_forward(
         return sharing.forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
     assert input_ids is not None
     if sharing.verify_first_batch and not sharing.report.verified:
-        _verify(sharing, tree, input_ids, attention_mask, kwargs)
+        verify_first_batch(
+            lambda ids, mask: sharing.forward(input_ids=ids, attention_mask=mask, **kwargs).last_hidden_state,
+            lambda: _run_tree(sharing, tree, kwargs).last_hidden_state,
+            backbone,
+            input_ids,
+            attention_mask,
+        )
         sharing.report.verified = True
     sharing.report.shared_batches += 1
     sharing.report.padded_tokens += input_ids.numel()
@@ -286,43 +228,3 @@ def _run_tree(sharing: _Sharing, tree: PrefixTree, kwargs: dict[str, Any]) -> An
             expand_nodes(logits, tree).flatten(0, 1) for logits in output.router_logits if logits is not None
         )
     return output
-
-
-@torch.no_grad()
-def _verify(
-    sharing: _Sharing,
-    tree: PrefixTree,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    kwargs: dict[str, Any],
-) -> None:
-    """Compares both paths on real tokens, without dropout; the measure is what one more pad column changes."""
-    modes = [(module, module.training) for module in sharing.backbone.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        ordinary = sharing.forward(input_ids=input_ids, attention_mask=mask, **kwargs).last_hidden_state
-        pad = torch.zeros_like(input_ids[:, :1])
-        wider = sharing.forward(
-            input_ids=torch.cat([input_ids, pad], 1), attention_mask=torch.cat([mask, pad.to(mask)], 1), **kwargs
-        ).last_hidden_state[:, :-1]
-        shared = _run_tree(sharing, tree, kwargs).last_hidden_state
-    finally:
-        for module, training in modes:
-            module.training = training
-    real = tree.is_real
-    scale = float(ordinary[real].abs().max())
-    noise = float((wider - ordinary)[real].abs().max())
-    if not noise < float("inf"):
-        raise RuntimeError(
-            f"{type(sharing.model).__name__} gives NaN or infinity without prefix sharing, so there is nothing to "
-            "compare with: check the batch, or pass verify_first_batch=False"
-        )
-    error = float((shared - ordinary)[real].abs().max())
-    tolerance = VERIFICATION_FACTOR * max(noise, SMALLEST_TOLERANCE * scale, scale * torch.finfo(ordinary.dtype).eps)
-    if not error <= tolerance:
-        raise RuntimeError(
-            f"prefix sharing changes the hidden states of {type(sharing.model).__name__} by {error:.2e}, more than "
-            f"{tolerance:.2e} (one more column of padding: {noise:.2e}): this model cannot share prefixes"
-        )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longshadow import share_prefixes
-from longshadow.engine.prefix_sharing import backbone as module
+from longshadow.engine.prefix_sharing import disable_prefix_sharing, enable_prefix_sharing, interface
 from tests.engine.prefix_sharing.batches import groups, pad, pairs
 from tests.engine.shadowkv.families import FAMILIES, tiny_model
 
@@ -111,13 +111,13 @@ def test_leaving_restores_the_model_also_after_an_error() -> None:
     with share_prefixes(model):
         assert (model.config._attn_implementation, model.model.forward) != before
         with pytest.raises(ValueError, match="already enabled"):
-            module.enable_prefix_sharing(model)
+            enable_prefix_sharing(model)
     assert (model.config._attn_implementation, model.model.forward) == before
     with pytest.raises(KeyError), share_prefixes(model):
         raise KeyError
     assert (model.config._attn_implementation, model.model.forward) == before
     with pytest.raises(ValueError, match="not enabled"):
-        module.disable_prefix_sharing(model)
+        disable_prefix_sharing(model)
 
 
 def test_a_copy_of_the_model_shares_by_itself() -> None:
@@ -129,7 +129,7 @@ def test_a_copy_of_the_model_shares_by_itself() -> None:
             parameter.mul_(0.5)
         halved = other(ids, attention_mask=mask).logits
         assert report.shared_batches == 0
-        module.disable_prefix_sharing(other)
+        disable_prefix_sharing(other)
         torch.testing.assert_close(halved[mask.bool()], other(ids, attention_mask=mask).logits[mask.bool()])
         model(ids, attention_mask=mask)
         assert report.shared_batches == 1
@@ -146,8 +146,8 @@ def test_rows_that_share_nothing_run_the_ordinary_way(caplog: pytest.LogCaptureF
 
 
 def test_the_first_batch_is_compared_with_the_ordinary_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = module.attend_tree
-    monkeypatch.setattr(module, "attend_tree", lambda *args, **kwargs: attend(*args, **kwargs) * 1.001)
+    attend = interface.attend_tree
+    monkeypatch.setattr(interface, "attend_tree", lambda *args, **kwargs: attend(*args, **kwargs) * 1.001)
     model = tiny_model("llama")
     ids, mask = pad(pairs())
     with share_prefixes(model), pytest.raises(RuntimeError, match="cannot share prefixes"):
@@ -169,3 +169,10 @@ def test_what_cannot_be_shared_is_refused_with_the_reason() -> None:
         pass
     with pytest.raises(ValueError, match="minimum_ratio"), share_prefixes(tiny_model("llama"), minimum_ratio=0.5):
         pass
+
+
+def test_a_model_that_is_broken_by_itself_is_told_apart() -> None:
+    model = tiny_model("llama")
+    model.model.embed_tokens.weight.data[5] = torch.nan
+    with share_prefixes(model), pytest.raises(RuntimeError, match="NaN or infinity without prefix sharing"):
+        model(*pad([[5, 1, 2], [5, 1, 3]]))
