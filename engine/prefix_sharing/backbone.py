@@ -12,12 +12,15 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from longshadow.engine.prefix_sharing.expand import expand_nodes
-from longshadow.engine.prefix_sharing.interface import TREE, register_tree_attention
-from longshadow.engine.prefix_sharing.tree import PrefixTree
+from longshadow.engine.prefix_sharing.attention import NAMES
+from longshadow.engine.prefix_sharing.expand import expand_cells, expand_nodes
+from longshadow.engine.prefix_sharing.head import LABELLED, project_every_cell
+from longshadow.engine.prefix_sharing.interface import SHARED, SharedBatch, register_tree_attention
+from longshadow.engine.prefix_sharing.tree import PrefixTree, tree_of_batch
 from longshadow.engine.prefix_sharing.verification import verify_first_batch
 
 logger = logging.getLogger(__name__)
@@ -32,7 +35,8 @@ class SharingReport:
 
     Attributes:
         shared_batches, ordinary_batches: forwards that went each way.
-        padded_tokens, unique_tokens: of the shared batches.
+        padded_tokens, real_tokens, unique_tokens: of the shared batches; real ones are no padding, and padded over
+            unique is how much less the backbone had to compute.
         reasons: why forwards went the ordinary way, and how often.
         verified: the first shared batch was compared with the ordinary path.
     """
@@ -40,9 +44,15 @@ class SharingReport:
     shared_batches: int = 0
     ordinary_batches: int = 0
     padded_tokens: int = 0
+    real_tokens: int = 0
     unique_tokens: int = 0
     reasons: dict[str, int]
     verified: bool = False
+
+    @property
+    def token_ratio(self) -> float:
+        """Padded tokens per distinct one; 1 where nothing was shared."""
+        return self.padded_tokens / self.unique_tokens if self.unique_tokens else 1.0
 
 
 @dataclass(eq=False, kw_only=True)
@@ -53,13 +63,15 @@ class _Sharing:
     replaced: Callable[..., Any] | None
     minimum_ratio: float
     verify_first_batch: bool
+    attention: str
     report: SharingReport
     previous_attention: str
+    told_of_dropout: bool = False
 
 
 @contextmanager
 def share_prefixes(
-    model: nn.Module, *, minimum_ratio: float = 1.1, verify_first_batch: bool = True
+    model: nn.Module, *, minimum_ratio: float = 1.1, verify_first_batch: bool = True, attention: str = "auto"
 ) -> Iterator[SharingReport]:
     """Within, forwards of `model` compute each distinct prefix token once; results stay those of the padded batch.
 
@@ -70,10 +82,14 @@ def share_prefixes(
             least 1.
         verify_first_batch: compare the first shared batch with the ordinary path, without dropout, and raise
             RuntimeError where they differ by more than ten times what one more column of padding changes.
+        attention: how the tree is attended to, "auto", "dense", "chains", "flex" or "varlen"; see
+            `longshadow.engine.prefix_sharing.attention`.
 
     Yields a report of what was shared. Raises ValueError for models that cannot be shared, with the reason.
     """
-    report = enable_prefix_sharing(model, minimum_ratio=minimum_ratio, verify_first_batch=verify_first_batch)
+    report = enable_prefix_sharing(
+        model, minimum_ratio=minimum_ratio, verify_first_batch=verify_first_batch, attention=attention
+    )
     try:
         yield report
     finally:
@@ -81,12 +97,14 @@ def share_prefixes(
 
 
 def enable_prefix_sharing(
-    model: nn.Module, *, minimum_ratio: float = 1.1, verify_first_batch: bool = True
+    model: nn.Module, *, minimum_ratio: float = 1.1, verify_first_batch: bool = True, attention: str = "auto"
 ) -> SharingReport:
     """As `share_prefixes`, until `disable_prefix_sharing`."""
     if not minimum_ratio >= 1:
         raise ValueError(f"minimum_ratio must be at least 1, got {minimum_ratio}")
-    language_model = _language_model(model)
+    if attention not in NAMES:
+        raise ValueError(f"attention must be one of {', '.join(NAMES)}, got {attention!r}")
+    language_model = language_model_of(model)
     backbone = language_model.base_model
     if hasattr(backbone, _SHARING):
         raise ValueError("prefix sharing is already enabled for this model")
@@ -100,6 +118,7 @@ def enable_prefix_sharing(
         replaced=vars(backbone).get("forward"),
         minimum_ratio=minimum_ratio,
         verify_first_batch=verify_first_batch,
+        attention=attention,
         report=SharingReport(reasons={}),
         previous_attention=language_model.config._attn_implementation,
     )
@@ -112,10 +131,12 @@ def enable_prefix_sharing(
 
 def disable_prefix_sharing(model: nn.Module) -> None:
     """Gives the model its own forward and attention back."""
-    backbone = _language_model(model).base_model
+    language_model = language_model_of(model)
+    backbone = language_model.base_model
     sharing: _Sharing | None = getattr(backbone, _SHARING, None)
     if sharing is None:
         raise ValueError("prefix sharing is not enabled for this model")
+    project_every_cell(language_model)
     delattr(backbone, _SHARING)
     del backbone.forward
     if sharing.replaced is not None:
@@ -123,7 +144,7 @@ def disable_prefix_sharing(model: nn.Module) -> None:
     sharing.model.set_attn_implementation(sharing.previous_attention)
 
 
-def _language_model(model: nn.Module) -> PreTrainedModel:
+def language_model_of(model: nn.Module) -> PreTrainedModel:
     """The transformers model, without PEFT's wrapper."""
     unwrap: Any = getattr(model, "get_base_model", None)
     inner = model if unwrap is None else unwrap()
@@ -156,27 +177,44 @@ def _shared_forward(
     **kwargs: Any,
 ) -> Any:
     sharing: _Sharing = getattr(backbone, _SHARING)
+    labelled: torch.Tensor | None = kwargs.pop(LABELLED, None)
     tree, reason = _tree_of(sharing, input_ids, attention_mask, kwargs)
     if tree is None:
         if reason not in sharing.report.reasons:
             logger.warning("prefix sharing: a batch runs the ordinary way, %s", reason)
         sharing.report.reasons[reason] = sharing.report.reasons.get(reason, 0) + 1
         sharing.report.ordinary_batches += 1
-        return sharing.forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        output = sharing.forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if labelled is not None:
+            output.last_hidden_state = _one_row(output.last_hidden_state[labelled])
+        return output
     assert input_ids is not None
     if sharing.verify_first_batch and not sharing.report.verified:
         verify_first_batch(
             lambda ids, mask: sharing.forward(input_ids=ids, attention_mask=mask, **kwargs).last_hidden_state,
-            lambda: _run_tree(sharing, tree, kwargs).last_hidden_state,
+            lambda: _run_tree(sharing, tree, None, kwargs).last_hidden_state,
             backbone,
             input_ids,
             attention_mask,
         )
         sharing.report.verified = True
+    if not sharing.told_of_dropout and _has_dropout(backbone):
+        logger.warning(
+            "prefix sharing: with dropout, rows share the masks of their common tokens, so losses are other draws of "
+            "the same distribution, not the same numbers"
+        )
+        sharing.told_of_dropout = True
     sharing.report.shared_batches += 1
     sharing.report.padded_tokens += input_ids.numel()
+    sharing.report.real_tokens += tree.num_real_tokens
     sharing.report.unique_tokens += tree.num_tokens
-    return _run_tree(sharing, tree, kwargs)
+    return _run_tree(sharing, tree, labelled, kwargs)
+
+
+def _has_dropout(backbone: nn.Module) -> bool:
+    rates = (getattr(module, "attention_dropout", 0) for module in backbone.modules() if module.training)
+    layers = (module.p for module in backbone.modules() if isinstance(module, nn.Dropout) and module.training)
+    return any(isinstance(rate, float) and rate > 0 for rate in (*rates, *layers))
 
 
 def _tree_of(
@@ -199,7 +237,7 @@ def _tree_of(
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         return None, "its mask is not [rows, columns]"
     try:
-        tree = PrefixTree.from_batch(input_ids, attention_mask)
+        tree = tree_of_batch(input_ids, attention_mask)
     except ValueError as error:
         return None, str(error)
     if tree.token_ratio < sharing.minimum_ratio:
@@ -207,7 +245,8 @@ def _tree_of(
     return tree, ""
 
 
-def _run_tree(sharing: _Sharing, tree: PrefixTree, kwargs: dict[str, Any]) -> Any:
+def _run_tree(sharing: _Sharing, tree: PrefixTree, labelled: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
+    """The backbone's output over the tree, for all cells [N, L] or for the labelled ones as one row."""
     kwargs = {
         name: given for name, given in kwargs.items() if given is not None and name not in ("use_cache", "return_dict")
     }
@@ -219,12 +258,21 @@ def _run_tree(sharing: _Sharing, tree: PrefixTree, kwargs: dict[str, Any]) -> An
         position_ids=tree.positions.unsqueeze(0),
         use_cache=False,
         return_dict=True,
-        **{TREE: tree},
+        **{SHARED: SharedBatch(tree=tree, attention=sharing.attention)},
         **kwargs,
     )
-    output.last_hidden_state = expand_nodes(output.last_hidden_state[0], tree)
+    nodes = output.last_hidden_state[0]
+    if labelled is None:
+        output.last_hidden_state = expand_nodes(nodes, tree)
+    else:
+        output.last_hidden_state = _one_row(expand_cells(nodes, tree, labelled))
     if getattr(output, "router_logits", None) is not None:
         output.router_logits = tuple(
             expand_nodes(logits, tree).flatten(0, 1) for logits in output.router_logits if logits is not None
         )
     return output
+
+
+def _one_row(cells: torch.Tensor) -> torch.Tensor:
+    """[M, H] -> [1, M + 1, H]: a head drops the last position of a row, as it predicts nothing."""
+    return F.pad(cells, (0, 0, 0, 1)).unsqueeze(0)

@@ -19,19 +19,26 @@ def expand_nodes(nodes: torch.Tensor, tree: PrefixTree) -> torch.Tensor:
     return expanded
 
 
+def expand_cells(nodes: torch.Tensor, tree: PrefixTree, cells: torch.Tensor) -> torch.Tensor:
+    """As `expand_nodes` for the M chosen cells (bool [N, L]) alone, in reading order: [T, H] -> [M, H]."""
+    arguments = (nodes, tree.node_of[cells], tree.is_real[cells])
+    expanded: torch.Tensor = _Expand.apply(*arguments)  # type: ignore[no-untyped-call]
+    return expanded
+
+
 class _Expand(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, nodes: torch.Tensor, node_of: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(node_of, is_real)
         ctx.num_nodes = nodes.shape[0]
         rows = nodes.index_select(0, node_of.flatten()).view(*node_of.shape, nodes.shape[1])
-        return rows.masked_fill_(~is_real.unsqueeze(2), 0)
+        return rows.masked_fill_(~is_real.unsqueeze(-1), 0)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         node_of, is_real = ctx.saved_tensors
         summed = gradient.new_zeros(
-            ctx.num_nodes, gradient.shape[2], dtype=torch.promote_types(gradient.dtype, torch.float32)
+            ctx.num_nodes, gradient.shape[-1], dtype=torch.promote_types(gradient.dtype, torch.float32)
         )
         summed.index_add_(0, node_of[is_real], gradient[is_real].to(summed.dtype))
         return summed.to(gradient.dtype), None, None

@@ -3,6 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,12 +12,20 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from longshadow.engine.prefix_sharing.attention import attend_tree
+from longshadow.engine.prefix_sharing.attention import choose_attention
 from longshadow.engine.prefix_sharing.tree import PrefixTree
 
 PREFIX = "longshadow_prefix_sharing_"
-# The keyword that carries the tree through a model's forward to its attention.
-TREE = "longshadow_prefix_tree"
+# The keyword that carries a SharedBatch through a model's forward to its attention.
+SHARED = "longshadow_shared_batch"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SharedBatch:
+    """A tree, and the name of the implementation that attends to it."""
+
+    tree: PrefixTree
+    attention: str
 
 
 def register_tree_attention(previous: str) -> str:
@@ -44,22 +53,24 @@ def _attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    tree: PrefixTree | None = kwargs.pop(TREE, None)
-    if tree is None:
+    batch: SharedBatch | None = kwargs.pop(SHARED, None)
+    if batch is None:
         ordinary: tuple[torch.Tensor, torch.Tensor | None] = _previous_attention(previous, module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
         return ordinary
-    output = attend_tree(
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    attend = choose_attention(batch.attention, query, dropout=dropout, softcap=softcap, sinks=sinks)
+    output = attend(
         query,
         key,
         value,
-        tree,
+        batch.tree,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout=dropout,
         sliding_window=kwargs.get("sliding_window"),
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
+        softcap=softcap,
+        sinks=sinks,
     )
     return output.transpose(1, 2).contiguous(), None
 

@@ -3,11 +3,15 @@
 Legend: N rows, L columns, T tokens of the tree (nodes).
 """
 
-from dataclasses import dataclass
-from typing import Self
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,7 @@ class PrefixTree:
     node_of: torch.Tensor
     is_real: torch.Tensor
     chains: tuple[Chain, ...]
+    _remembered: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_batch(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Self:
@@ -109,15 +114,44 @@ class PrefixTree:
             chains=tuple(chains),
         )
 
+    def remembered(self, key: Any, make: Callable[[], Made]) -> Made:
+        """What `make` gave for `key` the first time: masks and layouts are made once for all layers and passes."""
+        if key not in self._remembered:
+            self._remembered[key] = make()
+        made: Made = self._remembered[key]
+        return made
+
     @property
     def num_tokens(self) -> int:
         """Distinct tokens, T."""
         return len(self.token_ids)
 
+    @functools.cached_property
+    def num_real_tokens(self) -> int:
+        """Cells of the padded batch that are no padding."""
+        return int(self.is_real.sum())
+
     @property
     def token_ratio(self) -> float:
         """Cells of the padded batch per distinct token: how much less a backbone has to compute."""
         return self.node_of.numel() / self.num_tokens
+
+
+_latest: tuple[torch.Tensor, torch.Tensor, PrefixTree] | None = None
+
+
+def tree_of_batch(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> PrefixTree:
+    """`PrefixTree.from_batch`, or the tree of the latest batch if this is it again, as for policy and reference."""
+    global _latest
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if _latest is not None:
+        ids, real, tree = _latest
+        if ids.device == input_ids.device and torch.equal(ids, input_ids) and torch.equal(real, mask):
+            return tree
+    tree = PrefixTree.from_batch(input_ids, mask)
+    # Copies: a batch may be changed in place.
+    _latest = (input_ids.clone(), mask.clone(), tree)
+    return tree
 
 
 def _common_length(first: np.ndarray, second: np.ndarray) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from longshadow import share_prefixes
 from longshadow.engine.prefix_sharing import disable_prefix_sharing, enable_prefix_sharing, interface
+from longshadow.engine.prefix_sharing.attention.chains import attend_chains
 from tests.engine.prefix_sharing.batches import groups, pad, pairs
 from tests.engine.shadowkv.families import FAMILIES, tiny_model
 
@@ -146,8 +147,10 @@ def test_rows_that_share_nothing_run_the_ordinary_way(caplog: pytest.LogCaptureF
 
 
 def test_the_first_batch_is_compared_with_the_ordinary_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = interface.attend_tree
-    monkeypatch.setattr(interface, "attend_tree", lambda *args, **kwargs: attend(*args, **kwargs) * 1.001)
+    def attend(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return attend_chains(*args, **kwargs) * 1.001
+
+    monkeypatch.setattr(interface, "choose_attention", lambda *args, **kwargs: attend)
     model = tiny_model("llama")
     ids, mask = pad(pairs())
     with share_prefixes(model), pytest.raises(RuntimeError, match="cannot share prefixes"):
@@ -176,3 +179,40 @@ def test_a_model_that_is_broken_by_itself_is_told_apart() -> None:
     model.model.embed_tokens.weight.data[5] = torch.nan
     with share_prefixes(model), pytest.raises(RuntimeError, match="NaN or infinity without prefix sharing"):
         model(*pad([[5, 1, 2], [5, 1, 3]]))
+
+
+def test_dropout_is_told_once_and_not_verified(caplog: Any) -> None:
+    model = tiny_model("llama", attention_dropout=0.5).train()
+    ids, mask = pad(pairs())
+    with caplog.at_level(logging.WARNING), share_prefixes(model) as report:
+        first, second = (model(ids, attention_mask=mask).logits for _ in range(2))
+        assert not torch.equal(first, second)
+        told = [record for record in caplog.records if "dropout" in record.message]
+        assert len(told) == 1 and report.verified
+    with share_prefixes(model.eval()):
+        assert torch.equal(*(model(ids, attention_mask=mask).logits for _ in range(2)))
+
+
+def test_a_report_counts_tokens() -> None:
+    model = tiny_model("llama")
+    ids, mask = pad(pairs())
+    with share_prefixes(model) as report:
+        assert report.token_ratio == 1
+        model(ids, attention_mask=mask)
+    assert report.padded_tokens == ids.numel() and report.real_tokens == mask.sum()
+    assert report.real_tokens > report.unique_tokens
+    assert report.token_ratio == report.padded_tokens / report.unique_tokens
+
+
+@pytest.mark.parametrize("attention", ["dense", "chains"])
+def test_attention_by_name(attention: str) -> None:
+    model = tiny_model("cohere2")  # a layer with a sliding window, one without
+    ids, mask = pad(pairs())
+    expected = model(ids, attention_mask=mask).logits[mask.bool()]
+    with share_prefixes(model, attention=attention):
+        actual = model(ids, attention_mask=mask).logits[mask.bool()]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-4 * expected.abs().max().item())
+    with pytest.raises(ValueError, match="attention must be one of"), share_prefixes(model, attention="fast"):
+        pass
+    with pytest.raises(ValueError, match="cannot run here"), share_prefixes(model, attention="varlen"):
+        model(ids, attention_mask=mask)

@@ -1,11 +1,13 @@
-"""Attention over a tree against attention in each row by itself, values and gradients, in fp64."""
+"""The implementations that a CPU has, against attention in each row by itself, values and gradients, in fp64."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longshadow.engine.prefix_sharing.attention import attend_tree
+from longshadow.engine.prefix_sharing.attention import TreeAttention
+from longshadow.engine.prefix_sharing.attention.chains import attend_chains
+from longshadow.engine.prefix_sharing.attention.dense import attend_dense
 from longshadow.engine.prefix_sharing.expand import expand_nodes
 from longshadow.engine.prefix_sharing.tree import PrefixTree
 from tests.engine.prefix_sharing.batches import groups, pad, pairs
@@ -27,7 +29,11 @@ def row_attention(query, key, value, window, softcap, sinks):
 
 
 def compare(
-    rows: list[list[int]], window: int | None = None, softcap: float | None = None, sinks: bool = False
+    attend: TreeAttention,
+    rows: list[list[int]],
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: bool = False,
 ) -> None:
     tree = PrefixTree.from_batch(*pad(rows))
     generator = torch.Generator().manual_seed(0)
@@ -41,9 +47,7 @@ def compare(
     inputs = [query, key, value, *([sink_logits] if sink_logits is not None else [])]
     weight = torch.randn(*tree.node_of.shape, NUM_HEADS * HEAD_DIM, generator=generator, dtype=torch.float64)
 
-    shared = attend_tree(
-        query, key, value, tree, scaling=0.3, sliding_window=window, softcap=softcap, sinks=sink_logits
-    )
+    shared = attend(query, key, value, tree, scaling=0.3, sliding_window=window, softcap=softcap, sinks=sink_logits)
     cells = expand_nodes(shared[0].transpose(0, 1).flatten(1), tree)
     actual = torch.autograd.grad((cells * weight).sum(), inputs)
     assert (cells[~tree.is_real] == 0).all()
@@ -62,24 +66,20 @@ def compare(
 
 @settings(max_examples=60, deadline=None)
 @given(
+    st.sampled_from([attend_chains, attend_dense]),
     st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=8), min_size=1, max_size=6),
     st.sampled_from([None, 1, 3]),
     st.sampled_from([None, 1.5]),
     st.booleans(),
 )
-def test_random_trees(rows: list[list[int]], window: int | None, softcap: float | None, sinks: bool) -> None:
-    compare(rows, window, softcap, sinks)
+def test_random_trees(
+    attend: TreeAttention, rows: list[list[int]], window: int | None, softcap: float | None, sinks: bool
+) -> None:
+    compare(attend, rows, window, softcap, sinks)
 
 
 @pytest.mark.parametrize("rows", [pairs(), groups(), [[1, 2, 3]] * 3], ids=["pairs", "groups", "equal rows"])
 @pytest.mark.parametrize("window", [None, 6])
-def test_batches_of_trainers(rows: list[list[int]], window: int | None) -> None:
-    compare(rows, window)
-
-
-def test_gradients_of_half_precision_are_summed_in_single() -> None:
-    """300 equal rows: bf16 sums would stop growing at 256."""
-    tree = PrefixTree.from_batch(torch.ones(300, 2, dtype=torch.long))
-    nodes = torch.zeros(2, 4, dtype=torch.bfloat16, requires_grad=True)
-    expand_nodes(nodes, tree).sum().backward()
-    assert torch.equal(nodes.grad, torch.full_like(nodes, 300))
+@pytest.mark.parametrize("attend", [attend_chains, attend_dense])
+def test_batches_of_trainers(attend: TreeAttention, rows: list[list[int]], window: int | None) -> None:
+    compare(attend, rows, window)

@@ -1,4 +1,4 @@
-"""Exact attention over a prefix tree, chain by chain: no T x T mask, and no key or value is computed twice.
+"""Attention chain by chain: no T x T mask, and no key or value is computed twice.
 
 Each chain's queries see the spans of nodes above it and, causally, the chain itself, so a pair of answers costs one
 causal attention over prompt and first answer and one small attention of the second answer over prompt and itself.
@@ -9,10 +9,11 @@ Legend: Hq query heads, H KV heads, T nodes of the tree, m queries and n keys of
 import torch
 import torch.nn.functional as F
 
+from longshadow.engine.prefix_sharing.attention.dense import attend_masked
 from longshadow.engine.prefix_sharing.tree import Chain, PrefixTree
 
 
-def attend_tree(
+def attend_chains(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -24,20 +25,10 @@ def attend_tree(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(scaling q . k) v of every node over its ancestors and itself: [1, Hq, T, D] -> [1, Hq, T, Dv].
-
-    Equal to attention in the separate rows, in values and gradients.
-
-    Args:
-        query: [1, Hq, T, D]; key, value: [1, H, T, D], nodes in tree order.
-        dropout: probability that a weight is dropped.
-        sliding_window: see only fewer than this many positions above.
-        softcap: logits become softcap * tanh(logits / softcap).
-        sinks: [Hq] logits of a column that takes weight and gives nothing (gpt-oss).
-    """
+    """As `TreeAttention`."""
     outputs = []
     for chain in tree.chains:
-        spans = _visible_ancestors(chain, sliding_window)
+        spans = visible_ancestors(chain, sliding_window)
         num_above = sum(stop - start for start, stop in spans)
         keys, values = (_take(tensor, [*spans, (chain.start, chain.stop)]) for tensor in (key, value))
         queries = query[:, :, chain.start : chain.stop]
@@ -60,12 +51,14 @@ def attend_tree(
             )
         else:
             mask = _mask(queries.shape[2], num_above, window, key.device) if mask is None else mask
-            output = _attend_masked(queries, keys, values, mask, scaling, dropout, softcap, sinks)
+            output = attend_masked(
+                queries, keys, values, mask, scaling=scaling, dropout=dropout, softcap=softcap, sinks=sinks
+            )
         outputs.append(output)
     return torch.cat(outputs, 2)
 
 
-def _visible_ancestors(chain: Chain, sliding_window: int | None) -> list[tuple[int, int]]:
+def visible_ancestors(chain: Chain, sliding_window: int | None) -> list[tuple[int, int]]:
     """The ancestors' spans without what even the chain's first query cannot see."""
     hidden = 0 if sliding_window is None else max(0, chain.depth - sliding_window + 1)
     spans = []
@@ -87,27 +80,3 @@ def _mask(num_queries: int, num_above: int, sliding_window: int | None, device: 
     key = torch.arange(num_above + num_queries, device=device)
     mask = key <= query
     return mask if sliding_window is None else mask & (query - key < sliding_window)
-
-
-def _attend_masked(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    scaling: float,
-    dropout: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attention with soft-capped logits or sinks, which `scaled_dot_product_attention` does not know."""
-    group = query.shape[1] // key.shape[1]
-    logits = torch.matmul(query, key.repeat_interleave(group, 1).transpose(2, 3)) * scaling
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~mask, -torch.inf)
-    if sinks is not None:
-        column = sinks.to(logits.dtype).view(1, -1, 1, 1).expand(1, -1, logits.shape[2], 1)
-        logits = torch.cat([logits, column], 3)
-    weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(query.dtype)
-    weights = F.dropout(weights[..., : key.shape[2]], dropout)
-    return torch.matmul(weights, value.repeat_interleave(group, 1))

@@ -1,0 +1,112 @@
+"""TRL's own DPO trainer with and without shared prefixes: loss, every logged metric, and the weights after 3 steps."""
+
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import torch
+from datasets import Dataset
+
+from longshadow import PrefixSharingDPOTrainer
+from tests.engine.prefix_sharing.trainers.runs import Run, assert_same, train_pairs
+
+LOSSES = (
+    "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft "
+    "sigmoid_norm"
+).split()
+SINGLE = dict(dtype=torch.float32)
+CASES: dict[str, dict[str, Any]] = {
+    "sigmoid in fp32": SINGLE,
+    "a mixture with weighting and ld_alpha": dict(
+        loss_type=["sigmoid", "bco_pair", "ipo"], loss_weights=[0.8, 0.2, 1.0], use_weighting=True, ld_alpha=0.5
+    ),
+    "another divergence": dict(f_divergence_type="js_divergence"),
+    "LoRA, the reference without it": dict(lora=True),
+    "precomputed reference": dict(precompute_ref_log_probs=True),
+    "soft-cap and sliding window": dict(family="gemma2", **SINGLE),
+    "two accumulated batches": dict(gradient_accumulation_steps=2),
+    "four accumulated pairs": dict(per_device_train_batch_size=1, gradient_accumulation_steps=4),
+    "no gradient checkpointing": dict(gradient_checkpointing=False),
+}
+
+
+def baseline(*arguments: Any, **options: Any) -> Run:
+    """TRL alone. A setting that another version of TRL does not have is skipped; the pinned one has to have all."""
+    try:
+        return train_pairs(*arguments, **options)
+    except Exception as error:
+        pytest.skip(f"TRL alone fails: {error}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_is_unchanged(tokenizer: Any, preferences: Any, tmp_path: Path, loss: str) -> None:
+    arguments: dict[str, Any] = dict(loss_type=[loss], label_smoothing=0.1 if loss in ("exo_pair", "robust") else 0.0)
+    expected = baseline(tokenizer, preferences, tmp_path, **arguments)
+    assert_same(train_pairs(tokenizer, preferences, tmp_path, share=True, **arguments), expected)
+    ours = train_pairs(tokenizer, preferences, tmp_path, trainer_class=PrefixSharingDPOTrainer, **arguments)
+    assert_same(ours, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_every_setting_is_unchanged(tokenizer: Any, preferences: Any, tmp_path: Path, case: str) -> None:
+    arguments = CASES[case]
+    dtype = arguments.get("dtype", torch.float64)
+    expected = baseline(tokenizer, preferences, tmp_path, **arguments)
+    assert_same(train_pairs(tokenizer, preferences, tmp_path, share=True, **arguments), expected, dtype)
+    ours = train_pairs(tokenizer, preferences, tmp_path, trainer_class=PrefixSharingDPOTrainer, **arguments)
+    assert_same(ours, expected, dtype)
+
+
+@pytest.mark.slow
+def test_a_precomputed_reference_is_shared(tokenizer: Any, tmp_path: Path) -> None:
+    """On rows of its own: TRL keeps a file of what it has precomputed for others."""
+    rows = [{"prompt": "w1 " * 30, "chosen": f"w{uuid4().int % 90} <eos>", "rejected": "w91 w92 <eos>"}] * 4
+    expected = train_pairs(tokenizer, Dataset.from_list(rows), tmp_path)
+    again = Dataset.from_list(rows)
+    ours = train_pairs(tokenizer, again, tmp_path, trainer_class=Watched, precompute_ref_log_probs=True)
+    assert Watched.precomputed > 0
+    assert_same(ours, expected)
+
+
+class Watched(PrefixSharingDPOTrainer):
+    """Counts the shared passes of the precomputation."""
+
+    precomputed = 0
+
+    def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().compute_ref_log_probs(*args, **kwargs)
+        Watched.precomputed += self.reference_sharing.shared_batches
+        return result
+
+
+@pytest.mark.slow
+def test_the_balance_of_experts_is_unchanged(tokenizer: Any, preferences: Any, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = dict(family="qwen3 with experts", **SINGLE)
+    expected = baseline(tokenizer, preferences, tmp_path, **arguments)
+    ours = train_pairs(tokenizer, preferences, tmp_path, trainer_class=PrefixSharingDPOTrainer, **arguments)
+    assert_same(ours, expected, torch.float32)
+    assert all(entry["aux_loss"] > 0 for entry in expected[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_odd_rows(tokenizer: Any, tmp_path: Path, side: str) -> None:
+    prompt = " ".join(f"w{number}" for number in range(40)) + " "
+    rows = [
+        {"prompt": prompt, "chosen": "w1 w2 <eos>", "rejected": "w1 w2 <eos>"},
+        {"prompt": prompt, "chosen": "", "rejected": "w3 <eos>"},
+        {"prompt": "<pad> " + prompt + "<pad> w5 ", "chosen": "w1 <pad> w2 <eos>", "rejected": "<pad> <eos>"},
+        {"prompt": "w9 ", "chosen": " ".join(["w7"] * 90), "rejected": "w8"},
+    ]
+    before, tokenizer.padding_side = tokenizer.padding_side, side
+    try:
+        runs = [
+            train_pairs(tokenizer, Dataset.from_list(rows), tmp_path, trainer_class=trainer_class, max_length=50)
+            for trainer_class in (None, PrefixSharingDPOTrainer)
+        ]
+    finally:
+        tokenizer.padding_side = before
+    assert_same(runs[1], runs[0])
