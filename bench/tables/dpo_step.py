@@ -1,16 +1,29 @@
-"""One training step of a preference or group loss: the padded batch against shared prefixes."""
+"""One step of TRL's DPO and GRPO trainers: as it is, under `share_prefixes`, and by the drop-in trainers."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import copy
+import math
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from transformers import LlamaForCausalLM
 
 from bench.peak import PeakMemoryMeter
+from bench.preference import (
+    Batch,
+    PairLengths,
+    group_batch,
+    group_step,
+    group_trainer,
+    largest_gradient_error,
+    pair_batch,
+    pair_step,
+    pair_trainer,
+    without_backbone,
+)
 from bench.record import Check, Row
 from bench.session import Session
 from bench.synthetic import SMOLLM2_135M, num_threads
@@ -19,25 +32,20 @@ from bench.timing import Candidate, paired_speedup, time_interleaved
 from longshadow import PrefixTree, share_prefixes
 
 SHAPE = SMOLLM2_135M
-PADDED, SHARED, HEAD = "padded batch", "share_prefixes", "head and loss alone"
 PAIR, GROUP = "pair", "group of 8"
-BETA = 0.1
+TRL, HEAD, LABELLED = "TRL as it is", "TRL: head and loss alone", "labelled positions only"
+CONTEXT, DROP_IN = "share_prefixes", "drop-in trainer"
+GROUP_SIZE = 8
 TOLERANCE = 1e-4
-LEAST_RATIO = 1.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """Rows of one prompt: a pair of answers, or a group of eight."""
 
-    kind: str
+    kind: str = PAIR
     prompt: int
     response: int
-
-    @property
-    def num_rows(self) -> int:
-        """Answers to the prompt."""
-        return 2 if self.kind == PAIR else 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +53,7 @@ class Config:
     """SmolLM2's architecture with random weights, one prompt per step. The targets are for two threads of a CPU."""
 
     cells: tuple[Cell, ...] = (
-        Cell(kind=PAIR, prompt=256, response=128),
-        Cell(kind=PAIR, prompt=512, response=128),
-        Cell(kind=PAIR, prompt=1024, response=64),
-        Cell(kind=PAIR, prompt=1024, response=128),
-        Cell(kind=PAIR, prompt=1024, response=256),
+        *(Cell(prompt=prompt, response=response) for prompt, response in product((256, 1024, 2048), (64, 128, 256))),
         Cell(kind=GROUP, prompt=1024, response=128),
     )
     repeats: int = 2
@@ -57,110 +61,156 @@ class Config:
     threads: int = 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trainers:
+    """One of each, over models of their own with the same weights."""
+
+    pairs: dict[str, Any]
+    groups: dict[str, Any]
+
+
 def run(config: Config, session: Session) -> Outcome:
-    """Each cell: both ways of the same step interleaved, and what the head takes of it."""
+    """Each cell: all ways of the same step interleaved."""
     rows: list[Row] = []
-    errors = []
     with num_threads(config.threads):
-        policy, reference = (
-            SHAPE.model(
-                dtype=getattr(torch, config.dtype),
-                device=session.device,
-                seed=session.seed + number,
-                max_positions=max(cell.prompt + cell.response for cell in config.cells),
-            )
-            for number in (0, 1)
-        )
+        trainers = make_trainers(config, session)
         session.progress("checking")
-        errors.append(largest_error(policy, reference, make_batch(config.cells[0], session)))
+        error = largest_error(trainers, config.cells[0], session)
         for cell in config.cells:
             session.progress(f"{cell.kind}, prompt {cell.prompt:,}, answers {cell.response:,}")
-            rows += measure(policy, reference, cell, config, session)
+            rows += (
+                measure_pairs(trainers.pairs, cell, config, session)
+                if cell.kind == PAIR
+                else measure_group(trainers.groups, cell, config, session)
+            )
     check = Check(
-        passed=max(errors) <= TOLERANCE,
-        max_error=max(errors),
-        text="gradients of the shared step against the padded step's, largest difference / largest gradient of the "
-        f"parameter = {max(errors):.1e} (at most {TOLERANCE:.0e})",
+        passed=error <= TOLERANCE,
+        max_error=error,
+        text="losses, and gradients relative to the largest of their parameter, of every way against TRL's, largest "
+        f"difference = {error:.1e} (at most {TOLERANCE:.0e})",
     )
     return Outcome(rows=rows, check=check)
 
 
-def make_batch(cell: Cell, session: Session) -> torch.Tensor:
-    """Random tokens [rows, prompt + response]; all rows begin with the same prompt."""
-    generator = torch.Generator().manual_seed(session.seed + cell.prompt + cell.response)
-    prompt = torch.randint(SHAPE.vocab_size, (1, cell.prompt), generator=generator)
-    answers = torch.randint(SHAPE.vocab_size, (cell.num_rows, cell.response), generator=generator)
-    return torch.cat([prompt.expand(cell.num_rows, -1), answers], 1).to(session.device)
+def make_trainers(config: Config, session: Session) -> Trainers:
+    """Training never steps, so weights stay equal."""
+    from trl.trainer.dpo_trainer import DPOTrainer
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
+    from longshadow import PrefixSharingDPOTrainer, PrefixSharingGRPOTrainer
 
-def answer_logps(model: LlamaForCausalLM, ids: torch.Tensor, num_prompt: int) -> torch.Tensor:
-    """log p(answer) of each row; every position goes through the head, as in TRL on a CPU."""
-    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    return logps_of(logits, ids, num_prompt)
+    policy, reference = (
+        SHAPE.model(
+            dtype=getattr(torch, config.dtype),
+            device=session.device,
+            seed=session.seed + number,
+            max_positions=max(cell.prompt + cell.response for cell in config.cells),
+        )
+        for number in (0, 1)
+    )
 
+    def pair(trainer_class: Any, **options: Any) -> Any:
+        return pair_trainer(trainer_class, copy.deepcopy(policy), copy.deepcopy(reference), **options)
 
-def logps_of(logits: torch.Tensor, ids: torch.Tensor, num_prompt: int) -> torch.Tensor:
-    """Sums over the answers' tokens, [rows]."""
-    logps = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
-    return logps[:, num_prompt - 1 :].sum(1)
-
-
-def loss_of(logps: torch.Tensor, reference_logps: torch.Tensor) -> torch.Tensor:
-    """DPO's loss for a pair; for a group, advantages that rise along it times the log-ratios."""
-    ratios = logps - reference_logps
-    if len(ratios) == 2:
-        return -F.logsigmoid(BETA * (ratios[0] - ratios[1]))
-    return -(torch.linspace(-1, 1, len(ratios), device=ratios.device) * ratios).mean()
-
-
-def step(policy: LlamaForCausalLM, reference: LlamaForCausalLM, ids: torch.Tensor, num_prompt: int) -> None:
-    """Reference pass, policy pass, backward; gradients replace the old ones."""
-    policy.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        reference_logps = answer_logps(reference, ids, num_prompt)
-    loss_of(answer_logps(policy, ids, num_prompt), reference_logps).backward()
-
-
-def shared_step(policy: LlamaForCausalLM, reference: LlamaForCausalLM, ids: torch.Tensor, num_prompt: int) -> None:
-    """The same under shared prefixes."""
-    with ExitStack() as stack:
-        for model in (policy, reference):
-            stack.enter_context(share_prefixes(model, verify_first_batch=False))
-        step(policy, reference, ids, num_prompt)
-
-
-def head_step(policy: LlamaForCausalLM, reference: LlamaForCausalLM, ids: torch.Tensor, num_prompt: int) -> None:
-    """The part of a step that sharing leaves as it is: both heads and the loss, from given hidden states."""
-    policy.zero_grad(set_to_none=True)
-    hidden = torch.ones(*ids.shape, SHAPE.hidden_size, dtype=policy.dtype, device=ids.device, requires_grad=True)
-    with torch.no_grad():
-        reference_logps = logps_of(reference.lm_head(hidden), ids, num_prompt)
-    loss_of(logps_of(policy.lm_head(hidden), ids, num_prompt), reference_logps).backward()
-
-
-def largest_error(policy: LlamaForCausalLM, reference: LlamaForCausalLM, ids: torch.Tensor) -> float:
-    """Of the gradients, relative to the largest of their parameter."""
-    num_prompt = ids.shape[1] * 2 // 3
-    step(policy, reference, ids, num_prompt)
-    expected = [p.grad for p in policy.parameters() if p.grad is not None]
-    shared_step(policy, reference, ids, num_prompt)
-    actual = [p.grad for p in policy.parameters() if p.grad is not None]
-    return max(
-        float((mine - theirs).abs().max() / theirs.abs().max()) for mine, theirs in zip(actual, expected, strict=True)
+    return Trainers(
+        pairs={
+            TRL: pair(DPOTrainer),
+            LABELLED: pair(PrefixSharingDPOTrainer, minimum_ratio=math.inf, verify_first_batch=False),
+            DROP_IN: pair(PrefixSharingDPOTrainer, verify_first_batch=False),
+        },
+        groups={
+            TRL: group_trainer(GRPOTrainer, copy.deepcopy(policy), GROUP_SIZE),
+            DROP_IN: group_trainer(
+                PrefixSharingGRPOTrainer, copy.deepcopy(policy), GROUP_SIZE, verify_first_batch=False
+            ),
+        },
     )
 
 
-def measure(
-    policy: LlamaForCausalLM, reference: LlamaForCausalLM, cell: Cell, config: Config, session: Session
-) -> list[Row]:
-    """The rows of one cell."""
-    ids = make_batch(cell, session)
-    steps = {PADDED: step, SHARED: shared_step, HEAD: head_step}
+def shared_step(trainer: Any, batch: Batch) -> float:
+    """TRL's own trainer within the context."""
+    with (
+        share_prefixes(trainer.model, verify_first_batch=False),
+        share_prefixes(trainer.ref_model, verify_first_batch=False),
+    ):
+        return pair_step(trainer, batch)
+
+
+def head_step(trainer: Any, batch: Batch) -> float:
+    """What sharing leaves as it is: both heads and the loss, from given hidden states."""
+    with without_backbone(trainer.model, trainer.ref_model):
+        return pair_step(trainer, batch)
+
+
+def pairs_of(cell: Cell, session: Session) -> Batch:
+    """One pair, no padding."""
+    lengths = PairLengths(prompt=cell.prompt, chosen=cell.response, rejected=cell.response)
+    return pair_batch([lengths], vocabulary=SHAPE.vocab_size, seed=session.seed + cell.prompt + cell.response)
+
+
+def group_of(cell: Cell, session: Session) -> Batch:
+    """One group, no padding."""
+    return group_batch(cell.prompt, cell.response, GROUP_SIZE, vocabulary=SHAPE.vocab_size, seed=session.seed)
+
+
+def largest_error(trainers: Trainers, cell: Cell, session: Session) -> float:
+    """Of losses and gradients of every way, on a pair and on a group of the cell's lengths."""
+    batch, group = pairs_of(cell, session), group_of(cell, session)
+    baseline, *others = trainers.pairs.values()
+    loss = shared_step(baseline, batch)
+    shared = [None if p.grad is None else p.grad.clone() for p in baseline.model.parameters()]
+    expected = pair_step(baseline, batch)
+    errors = [abs(loss - expected)]
+    for gradient, parameter in zip(shared, baseline.model.parameters(), strict=True):
+        if gradient is not None:
+            errors.append(float((gradient - parameter.grad).abs().max() / parameter.grad.abs().max()))
+    for trainer in others:
+        errors.append(abs(pair_step(trainer, batch) - expected))
+        errors.append(largest_gradient_error(trainer.model, baseline.model))
+    theirs, ours = (trainers.groups[name] for name in (TRL, DROP_IN))
+    errors.append(abs(group_step(theirs, group) - group_step(ours, group)))
+    errors.append(largest_gradient_error(ours.model, theirs.model))
+    return max(errors)
+
+
+def measure_pairs(trainers: dict[str, Any], cell: Cell, config: Config, session: Session) -> list[Row]:
+    """The rows of one pair's cell."""
+    batch = pairs_of(cell, session)
+    steps = {
+        TRL: partial(pair_step, trainers[TRL], batch),
+        HEAD: partial(head_step, trainers[TRL], batch),
+        CONTEXT: partial(shared_step, trainers[TRL], batch),
+        LABELLED: partial(pair_step, trainers[LABELLED], batch),
+        DROP_IN: partial(pair_step, trainers[DROP_IN], batch),
+    }
+    rows = timed_rows(steps, cell, config, session)
+    ratio = PrefixTree.from_batch(batch["input_ids"]).token_ratio
+    share = rows[HEAD]["median"] / rows[TRL]["median"]
+    rows[HEAD]["share"] = share
+    for name, bound in ((CONTEXT, 1 / (share + (1 - share) / ratio)), (DROP_IN, ratio)):
+        rows[name] |= {"ratio": ratio, "bound": bound, "reached": rows[name]["speedup"] / bound}
+    del rows[HEAD]["speedup"]
+    return list(rows.values())
+
+
+def measure_group(trainers: dict[str, Any], cell: Cell, config: Config, session: Session) -> list[Row]:
+    """The rows of one group's cell."""
+    batch = group_of(cell, session)
+    rows = timed_rows(
+        {name: partial(group_step, trainer, batch) for name, trainer in trainers.items()}, cell, config, session
+    )
+    ratio = PrefixTree.from_batch(torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)).token_ratio
+    rows[DROP_IN] |= {"ratio": ratio, "bound": ratio, "reached": rows[DROP_IN]["speedup"] / ratio}
+    return list(rows.values())
+
+
+def timed_rows(steps: dict[str, Any], cell: Cell, config: Config, session: Session) -> dict[str, Row]:
+    """Interleaved, each with the peak of its last round."""
     meters: dict[str, PeakMemoryMeter] = {}
 
     def metered(name: str) -> None:
         with meters[name]:
-            steps[name](policy, reference, ids, cell.prompt)
+            steps[name]()
 
     def renew(name: str) -> None:
         meters[name] = PeakMemoryMeter(session.device)
@@ -168,50 +218,49 @@ def measure(
     timings = time_interleaved(
         {name: Candidate(run=partial(metered, name), prepare=partial(renew, name)) for name in steps},
         repeats=config.repeats,
-        warmup=1,
+        warmup=0,
         device=session.device,
     )
-    ratio = PrefixTree.from_batch(ids).token_ratio
-    head_share = timings[HEAD].median / timings[PADDED].median
-    bound = 1 / (head_share + (1 - head_share) / ratio)
-    rows: list[Row] = []
-    for name, timing in timings.items():
-        row: Row = {"kind": cell.kind, "prompt": cell.prompt, "response": cell.response, "method": name}
-        row |= timing.row() | {"peak": meters[name].bytes}
-        if name == HEAD:
-            row["share"] = head_share
-        else:
-            row["speedup"] = paired_speedup(timings[PADDED], timing)
-        if name == SHARED:
-            row |= {"ratio": ratio, "bound": bound, "reached": row["speedup"] / bound}
-        rows.append(row)
-    return rows
+    return {
+        name: {"kind": cell.kind, "prompt": cell.prompt, "response": cell.response, "method": name}
+        | timing.row()
+        | {"peak": meters[name].bytes, "speedup": paired_speedup(timings[TRL], timing)}
+        for name, timing in timings.items()
+    }
 
 
 def _quick(config: Config) -> Config:
-    return replace(config, cells=(Cell(kind=PAIR, prompt=64, response=16),), repeats=1)
+    return replace(config, cells=(Cell(prompt=64, response=16), Cell(kind=GROUP, prompt=64, response=16)), repeats=1)
 
 
 def _targets() -> list[Target]:
     targets = []
     for cell in Config().cells:
-        row = {"kind": cell.kind, "prompt": cell.prompt, "response": cell.response, "method": SHARED}
         place = f"{cell.kind}, prompt {cell.prompt:,}, answers {cell.response}"
+
+        def target(method: str, column: str, least: float, text: str, cell: Cell = cell, place: str = place) -> Target:
+            row = {"kind": cell.kind, "prompt": cell.prompt, "response": cell.response, "method": method}
+            return Target(text=f"{place}: {text}", row=row, column=column, at_least=least)
+
         if cell.kind == GROUP:
-            targets.append(Target(text=f"{place}: speed-up", row=row, column="speedup", at_least=3.0))
-        elif cell.prompt >= 512:
-            targets.append(Target(text=f"{place}: of the bound", row=row, column="reached", at_least=0.85))
-        targets.append(Target(text=f"{place}: never slower", row=row, column="speedup", at_least=0.97))
+            targets.append(target(DROP_IN, "speedup", 3.0, "drop-in trainer"))
+            continue
+        targets.append(target(CONTEXT, "speedup", 0.97, "share_prefixes is never slower"))
+        if cell.prompt >= 512:
+            targets.append(target(CONTEXT, "reached", 0.85, "share_prefixes, of its bound"))
+            targets.append(target(DROP_IN, "reached", 0.85, "drop-in trainer, of the token ratio"))
     return targets
 
 
 TABLE: Table = Table(
     name="dpo_step",
-    title="One preference step",
-    about="SmolLM2-135M's architecture with random weights, one prompt per step, no padding: reference pass, policy "
-    "pass, backward, in plain PyTorch with SDPA; every position goes through the LM head, as TRL has it on a CPU. "
-    "Sharing leaves head and loss as they are, so with their share h of the padded step the speed-up is at most "
-    "1 / (h + (1 - h) / ratio), where ratio is padded tokens per distinct token.",
+    title="One step of TRL's trainers",
+    about="SmolLM2-135M's architecture with random weights, one prompt per step, no padding, no gradient "
+    "checkpointing. A pair: reference pass, policy pass and backward of DPO; a group: policy pass and backward of "
+    "GRPO on given completions. TRL projects every position through the LM head on a CPU. `share_prefixes` leaves "
+    "head and loss as they are, so with their share h its speed-up is at most 1 / (h + (1 - h) / ratio), where ratio "
+    "is padded tokens per distinct token; the drop-in trainer projects labelled positions only and shares, and is "
+    "held to the ratio itself. Peak memory is what a step takes beyond weights.",
     configs={"cpu": Config(), "cuda": Config(dtype="bfloat16", repeats=10)},
     quick=_quick,
     columns=(
@@ -223,9 +272,9 @@ TABLE: Table = Table(
         Column(key="p20", heading="p20", unit="s"),
         Column(key="p80", heading="p80", unit="s"),
         Column(key="peak", heading="peak memory", unit="B"),
-        Column(key="share", heading="share of padded", unit="%", digits=0),
+        Column(key="share", heading="share of TRL's step", unit="%", digits=0),
         Column(key="ratio", heading="token ratio", unit="x"),
-        Column(key="speedup", heading="× padded", unit="x", speedup=True),
+        Column(key="speedup", heading="× TRL", unit="x", speedup=True),
         Column(key="bound", heading="bound", unit="x", speedup=True),
         Column(key="reached", heading="of the bound", unit="%", digits=0, speedup=True),
     ),

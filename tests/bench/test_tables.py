@@ -9,7 +9,16 @@ from bench import needles, prose
 from bench.peak import PeakMemoryMeter
 from bench.session import Session
 from bench.table import load_table
-from bench.tables import decode_attention, decode_end_to_end, dpo_step, memory
+from bench.tables import (
+    decode_attention,
+    decode_end_to_end,
+    dpo_lengths,
+    dpo_step,
+    dpo_step_gpu,
+    memory,
+    prefix_attention,
+)
+from bench.tables.dpo_lengths import PADDING_FREE, SHARED, TRL
 from tests.bench.test_methods import SHAPE
 
 
@@ -64,28 +73,51 @@ def test_decode_end_to_end(monkeypatch):
 
 def test_dpo_step(monkeypatch):
     monkeypatch.setattr(dpo_step, "SHAPE", SHAPE)
-    cells = (
-        dpo_step.Cell(kind=dpo_step.PAIR, prompt=24, response=8),
-        dpo_step.Cell(kind=dpo_step.GROUP, prompt=24, response=8),
-    )
+    cells = (dpo_step.Cell(prompt=24, response=8), dpo_step.Cell(kind=dpo_step.GROUP, prompt=24, response=8))
     rows = run("dpo_step", dpo_step.Config(cells=cells, repeats=1))
-    ratios = [row["ratio"] for row in rows if row["method"] == dpo_step.SHARED]
+    ratios = [row["ratio"] for row in rows if row["method"] == dpo_step.DROP_IN]
     assert ratios == pytest.approx([64 / 40, 256 / 88])
-    assert all(row["speedup"] == 1 for row in rows if row["method"] == dpo_step.PADDED)
+    assert all(row["speedup"] == 1 for row in rows if row["method"] == dpo_step.TRL)
+    assert rows[1]["share"] > 0
 
 
 def test_a_wrong_shared_step_turns_the_check_red(monkeypatch):
     monkeypatch.setattr(dpo_step, "SHAPE", SHAPE)
     shared_step = dpo_step.shared_step
 
-    def wrong(policy, *arguments):
-        shared_step(policy, *arguments)
-        policy.lm_head.weight.grad.mul_(1.01)
+    def wrong(trainer, batch):
+        loss = shared_step(trainer, batch)
+        trainer.model.lm_head.weight.grad.mul_(1.01)
+        return loss
 
     monkeypatch.setattr(dpo_step, "shared_step", wrong)
-    cells = (dpo_step.Cell(kind=dpo_step.PAIR, prompt=24, response=8),)
+    cells = (dpo_step.Cell(prompt=24, response=8), dpo_step.Cell(kind=dpo_step.GROUP, prompt=24, response=8))
     outcome = load_table("dpo_step").run(dpo_step.Config(cells=cells, repeats=1), Session())
     assert not outcome.check.passed
+
+
+def test_dpo_lengths(monkeypatch):
+    monkeypatch.setattr(dpo_lengths, "SHAPE", SHAPE)
+    config = dpo_lengths.Config(data_sets=dpo_lengths.DATA_SETS[1:2], pairs=4, packing_tokens=600, repeats=1)
+    by_method = {row["method"]: row for row in run("dpo_lengths", config)}
+    padded, real, unique = (by_method[name]["tokens"] for name in (TRL, PADDING_FREE, SHARED))
+    assert padded > 1.1 * real > 1.1 * unique and by_method[dpo_lengths.PACKED]["tokens"] == unique
+
+
+def test_dpo_step_gpu(monkeypatch):
+    monkeypatch.setitem(dpo_step_gpu.SHAPES, "smollm2-135m", SHAPE)
+    config = replace(load_table("dpo_step_gpu").configs["cpu"], layers=1, repeats=1)
+    rows = run("dpo_step_gpu", replace(config, cells=(dpo_step_gpu.Cell(pairs=2, prompt=24, response=8),)))
+    assert [row["method"] for row in rows] == [dpo_step_gpu.PADDED, "share_prefixes, chains"]
+
+
+def test_prefix_attention():
+    config = load_table("prefix_attention").configs["cpu"]
+    cells = (prefix_attention.Cell(prompts=2, prompt=24, rows=3, response=8),)
+    rows = run("prefix_attention", replace(config, cells=cells, repeats=1))
+    assert [row["method"] for row in rows] == [prefix_attention.PADDED, "dense", "chains"]
+    # Of a tree: the causal prompt with the first answer, and two answers that see the prompt and themselves.
+    assert rows[0]["ratio"] == pytest.approx(3 * 32 * 33 / (32 * 33 + 2 * (2 * 8 * 24 + 8 * 9)))
 
 
 def test_peak_memory_sees_what_was_freed_again():
