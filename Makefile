@@ -15,13 +15,16 @@ CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cpp csrc/*.h csrc/*.cuh)
 
 export PYTHON TORCH_INDEX
 
-.PHONY: demo test check release-check gpu-check set-up clean
+.PHONY: demo test test-trl-versions check release-check gpu-check set-up clean
 
 demo: set-up  ## a question about a long document, with ShadowKV and with full attention
 	$(BIN)/python -m longshadow.demo
 
 test: set-up  ## the tests; choose some with PYTEST_ARGS="-m 'not slow'"
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-trl-versions: set-up  ## prefix sharing in training with older versions of TRL, too; writes docs/trl_versions.json
+	$(BIN)/python .ci/test-trl-versions
 
 check: set-up  ## lint, format and types
 	$(BIN)/ruff check .
@@ -47,4 +50,4 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 clean:  ## the environment and everything built
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) .venv-trl build dist src/*.egg-info
