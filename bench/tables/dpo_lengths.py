@@ -70,7 +70,9 @@ def run(config: Config, session: Session) -> Outcome:
         for data_set in config.data_sets:
             session.progress(data_set.name)
             batches = {share: batch_of(data_set, config, session, share=share) for share in (True, False)}
-            rows += measure(trainers, data_set, batches, config, session, errors)
+            unit = session.unit(data_set.name, partial(measure, trainers, data_set, batches, config, session))
+            rows += unit["rows"]
+            errors.append(unit["error"])
     check = Check(
         passed=max(errors) <= TOLERANCE,
         max_error=max(errors),
@@ -135,17 +137,15 @@ def measure(
     batches: dict[bool, Batch],
     config: Config,
     session: Session,
-    errors: list[float],
-) -> list[Row]:
-    """The rows of one data set; appends every way's error to `errors`."""
+) -> dict[str, Any]:
+    """The rows of one data set, and the largest error of every way's loss."""
     steps = {name: partial(pair_step, trainer, batches[name != PADDING_FREE]) for name, trainer in trainers.items()}
-    shared, unshared = pair_step(trainers[TRL], batches[True]), pair_step(trainers[TRL], batches[False])
-    errors += [abs(step() - (unshared if name == PADDING_FREE else shared)) for name, step in steps.items()]
+    losses: dict[str, float] = {}
     meters: dict[str, PeakMemoryMeter] = {}
 
     def metered(name: str) -> None:
         with meters[name]:
-            steps[name]()
+            losses[name] = steps[name]()
 
     def renew(name: str) -> None:
         meters[name] = PeakMemoryMeter(session.device)
@@ -170,7 +170,9 @@ def measure(
         if name == PACKED:
             row["paper"] = data_set.paper
         rows.append(row)
-    return rows
+    unshared = pair_step(trainers[TRL], batches[False])
+    expected = {name: unshared if name == PADDING_FREE else losses[TRL] for name in losses}
+    return {"rows": rows, "error": max(abs(losses[name] - expected[name]) for name in losses)}
 
 
 def _quick(config: Config) -> Config:
