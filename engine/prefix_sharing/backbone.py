@@ -20,7 +20,7 @@ from longshadow.engine.prefix_sharing.attention import NAMES
 from longshadow.engine.prefix_sharing.expand import expand_cells, expand_nodes
 from longshadow.engine.prefix_sharing.head import LABELLED, project_every_cell
 from longshadow.engine.prefix_sharing.interface import SHARED, SharedBatch, register_tree_attention
-from longshadow.engine.prefix_sharing.tree import PrefixTree, tree_of_batch
+from longshadow.engine.prefix_sharing.tree import PrefixTree, forget_batch, tree_of_batch
 from longshadow.engine.prefix_sharing.verification import verify_first_batch
 
 logger = logging.getLogger(__name__)
@@ -142,6 +142,7 @@ def disable_prefix_sharing(model: nn.Module) -> None:
     if sharing.replaced is not None:
         backbone.forward = sharing.replaced
     sharing.model.set_attn_implementation(sharing.previous_attention)
+    forget_batch()
 
 
 def language_model_of(model: nn.Module) -> PreTrainedModel:

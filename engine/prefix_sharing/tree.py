@@ -154,6 +154,12 @@ def tree_of_batch(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) 
     return tree
 
 
+def forget_batch() -> None:
+    """Lets go of the latest tree, and of the masks that were made for it."""
+    global _latest
+    _latest = None
+
+
 def _common_length(first: np.ndarray, second: np.ndarray) -> int:
     """Length of the longest common prefix."""
     length = min(len(first), len(second))

@@ -15,9 +15,8 @@ LOSSES = (
     "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft "
     "sigmoid_norm"
 ).split()
-SINGLE = dict(dtype=torch.float32)
+SINGLE: dict[str, Any] = dict(dtype=torch.float32)
 CASES: dict[str, dict[str, Any]] = {
-    "sigmoid in fp32": SINGLE,
     "a mixture with weighting and ld_alpha": dict(
         loss_type=["sigmoid", "bco_pair", "ipo"], loss_weights=[0.8, 0.2, 1.0], use_weighting=True, ld_alpha=0.5
     ),
@@ -47,6 +46,15 @@ def test_every_loss_is_unchanged(tokenizer: Any, preferences: Any, tmp_path: Pat
     assert_same(train_pairs(tokenizer, preferences, tmp_path, share=True, **arguments), expected)
     ours = train_pairs(tokenizer, preferences, tmp_path, trainer_class=PrefixSharingDPOTrainer, **arguments)
     assert_same(ours, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_is_unchanged_in_fp32(tokenizer: Any, preferences: Any, tmp_path: Path, loss: str) -> None:
+    arguments = SINGLE | dict(loss_type=[loss], label_smoothing=0.1 if loss in ("exo_pair", "robust") else 0.0)
+    expected = baseline(tokenizer, preferences, tmp_path, **arguments)
+    ours = train_pairs(tokenizer, preferences, tmp_path, trainer_class=PrefixSharingDPOTrainer, **arguments)
+    assert_same(ours, expected, torch.float32)
 
 
 @pytest.mark.slow
