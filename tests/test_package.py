@@ -66,11 +66,18 @@ except SystemExit as stop:
     assert run_python(code).splitlines()[-1] == "exit code 0 []"
 
 
-def test_public_names_are_those_of_the_engine() -> None:
+def test_public_names_are_those_of_their_packages() -> None:
+    from longshadow.compress import pipeline
     from longshadow.engine import prefix_sharing, shadowkv
     from longshadow.engine.prefix_sharing import trainers
 
-    homes = {**vars(trainers), **vars(prefix_sharing), **vars(shadowkv), "__version__": longshadow.__version__}
+    homes = {
+        **vars(pipeline),
+        **vars(trainers),
+        **vars(prefix_sharing),
+        **vars(shadowkv),
+        "__version__": longshadow.__version__,
+    }
     for name in longshadow.__all__:
         assert name in dir(longshadow)
         assert getattr(longshadow, name) is homes[name]

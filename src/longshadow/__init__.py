@@ -1,15 +1,17 @@
-"""Long contexts with small caches.
+"""Long contexts with small caches, training over shared prefixes, compensation of quantised weights.
 
 The public names are imported when first used; `import longshadow` needs neither torch nor transformers.
     from longshadow import ShadowKVCache, ShadowKVConfig
     from longshadow import PrefixTree, prefix_mask, share_prefixes
     from longshadow import PrefixSharingDPOTrainer, PrefixSharingGRPOTrainer, PrefixSharingRLOOTrainer
+    from longshadow import compensate
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from longshadow.compress.pipeline import compensate
     from longshadow.engine.prefix_sharing import PrefixTree, prefix_mask, share_prefixes
     from longshadow.engine.prefix_sharing.trainers import (
         PrefixSharingDPOTrainer,
@@ -27,6 +29,7 @@ __all__ = [
     "ShadowKVCache",
     "ShadowKVConfig",
     "__version__",
+    "compensate",
     "prefix_mask",
     "share_prefixes",
 ]
@@ -38,6 +41,7 @@ _HOME = {
     "PrefixTree": "longshadow.engine.prefix_sharing",
     "ShadowKVCache": "longshadow.engine.shadowkv",
     "ShadowKVConfig": "longshadow.engine.shadowkv",
+    "compensate": "longshadow.compress.pipeline",
     "prefix_mask": "longshadow.engine.prefix_sharing",
     "share_prefixes": "longshadow.engine.prefix_sharing",
 }

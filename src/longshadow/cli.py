@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -22,7 +23,7 @@ INTERRUPTED = 130
 AUTO_RANK_ENERGY = 0.95
 
 app = typer.Typer(
-    help="Long contexts with small key-value caches.",
+    help="Long contexts with small key-value caches; compensation of quantised models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,6 +36,13 @@ class DType(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class Propagate(StrEnum):
+    """What a block is given while it is calibrated."""
+
+    sequential = "sequential"
+    quantized = "quantized"
 
 
 @app.callback()
@@ -101,6 +109,54 @@ def generate(
             print_report(report)
     if report.interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def compensate(
+    original: Annotated[str, typer.Argument(help="The model before quantisation: hub id, folder, or `demo`.")],
+    quantized: Annotated[str, typer.Option(help="The quantised model: hub id, folder, or FILE.gguf.")],
+    output: Annotated[Path, typer.Option(help="Folder for the adapter; must not exist, or be empty.")],
+    rank: Annotated[int | None, typer.Option(help="Of every layer. Default: 32.")] = None,
+    budget_mb: Annotated[
+        float | None, typer.Option(help="Or the adapter's size, spread over layers by what it buys there.")
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(help="FILE.jsonl (column text), FILE.txt, or `builtin`: documentation of Python.")
+    ] = "builtin",
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 512,
+    num_samples: Annotated[int, typer.Option(help="Samples to calibrate on.")] = 64,
+    propagate: Annotated[
+        Propagate, typer.Option(help="What blocks are calibrated on: outputs of compensated blocks, or of plain ones.")
+    ] = Propagate.sequential,
+    dtype: Annotated[DType, typer.Option(help="Of the adapter.")] = DType.bfloat16,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if any.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Win back quality that quantisation lost, as an ordinary LoRA adapter (EoRA)."""
+    with _user_errors(debug):
+        _log_to_stderr()
+        import torch
+
+        from longshadow.compress.command import CompensationOptions, run_compensation
+        from longshadow.compress.table import print_compensation
+        from longshadow.display import LayerBar
+
+        options = CompensationOptions(
+            rank=rank,
+            budget_mb=budget_mb,
+            calibration=calibration,
+            sequence_length=sequence_length,
+            num_samples=num_samples,
+            propagate=propagate.value,
+            dtype=getattr(torch, dtype.value),
+        )
+        with LayerBar("compensating") as bar:
+            report = run_compensation(original, quantized, output, options, device=device, on_block=bar.update)
+        if json_output:
+            print(json.dumps(report))
+        else:
+            print_compensation(report, output)
 
 
 @app.command()

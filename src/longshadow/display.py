@@ -71,7 +71,7 @@ def _run(
 ) -> Generation:
     if stream and heading:
         print(f"{heading}:", flush=True)
-    with PrefillBar(f"reading {prompt_ids.shape[1]:,} tokens") as bar:
+    with LayerBar(f"reading {prompt_ids.shape[1]:,} tokens") as bar:
 
         def on_text(text: str) -> None:
             bar.stop()  # the bar and the answer may share a terminal
@@ -84,8 +84,8 @@ def _run(
     return generation
 
 
-class PrefillBar:
-    """A progress bar over the layers of the prefill, on stderr, gone when the prompt is read."""
+class LayerBar:
+    """A progress bar over a model's layers, on stderr, gone when the work is done."""
 
     def __init__(self, description: str) -> None:
         from rich.console import Console
@@ -113,7 +113,7 @@ class PrefillBar:
         self.stop()
 
     def update(self, num_done: int, num_layers: int) -> None:
-        """Shows how many layers have read the prompt."""
+        """Shows how many layers are done."""
         self._progress.update(self._task, completed=num_done, total=num_layers)
 
     def stop(self) -> None:

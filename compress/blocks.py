@@ -1,0 +1,110 @@
+"""A model's decoder, block by block: what goes into the first one, and what a block makes of it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+LinearHook = Callable[[str, nn.Module, torch.Tensor], None]
+
+
+@dataclass(eq=False, kw_only=True)
+class HiddenStates:
+    """Inputs of a block for every sample, and the arguments that all blocks are called with beside them."""
+
+    samples: list[torch.Tensor]
+    arguments: dict[str, Any]
+
+
+class _Reached(Exception):
+    """The first block was called."""
+
+
+def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+    """The blocks. Raises ValueError for a model that keeps them elsewhere than `model.layers`."""
+    blocks = getattr(getattr(model, "base_model", None), "layers", None)
+    if not isinstance(blocks, nn.ModuleList):
+        raise ValueError(
+            f"{type(model).__name__} keeps no decoder blocks in model.layers: it cannot be compensated yet"
+        )
+    return blocks
+
+
+@torch.no_grad()
+def first_inputs(model: nn.Module, samples: torch.Tensor) -> HiddenStates:
+    """What the first block is given for token blocks [samples, length]; nothing after it runs."""
+    captured: list[tuple[torch.Tensor, dict[str, Any]]] = []
+
+    def stop(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        captured.append((positional[0] if positional else named["hidden_states"], named))
+        raise _Reached
+
+    hook = decoder_blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        for sample in samples:
+            try:
+                model(input_ids=sample.unsqueeze(0), use_cache=False)
+            except _Reached:
+                continue
+    finally:
+        hook.remove()
+    arguments = {name: given for name, given in captured[0][1].items() if name != "hidden_states"}
+    return HiddenStates(samples=[hidden for hidden, _ in captured], arguments=arguments)
+
+
+@torch.no_grad()
+def run_block(block: nn.Module, hidden: HiddenStates, on_linear: LinearHook | None = None) -> HiddenStates:
+    """The block's outputs; `on_linear(name, layer, inputs)` sees what each linear layer in it is given."""
+    with _watched(block, on_linear):
+        outputs = [block(sample, **hidden.arguments) for sample in hidden.samples]
+    return HiddenStates(
+        samples=[output[0] if isinstance(output, tuple) else output for output in outputs], arguments=hidden.arguments
+    )
+
+
+def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
+    """Layers of the block that multiply by a weight, by their names in it."""
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(getattr(module, "in_features", None), int) and not list(module.children())
+    }
+
+
+@contextmanager
+def compensated(layers: dict[str, tuple[nn.Module, torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """Within, each layer adds B A x to its output; values are (layer, B [m, r], A [r, n])."""
+
+    def adder(b: torch.Tensor, a: torch.Tensor) -> Callable[..., torch.Tensor]:
+        def add(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            return output + (inputs[0].to(a.dtype) @ a.T @ b.T).to(output.dtype)
+
+        return add
+
+    hooks = [layer.register_forward_hook(adder(b, a)) for layer, b, a in layers.values()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _watched(block: nn.Module, on_linear: LinearHook | None) -> Iterator[None]:
+    def watcher(name: str) -> Callable[..., None]:
+        def watch(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            assert on_linear is not None
+            on_linear(name, module, inputs[0])
+
+        return watch
+
+    layers = linear_layers(block) if on_linear is not None else {}
+    hooks = [layer.register_forward_pre_hook(watcher(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,172 @@
+"""EoRA (arXiv 2410.21271) without an inverse: the best low-rank compensation where the activations live.
+
+argmin over rank(B A) <= r of ||(R - B A) C^(1/2)||_F^2 with R = W - W_quantised and C = E[x x^T] is U U^T R, where U
+has the r leading eigenvectors of G = R C R^T. Any root T of C gives the same minimiser ([R T]_r T^-1), but none is
+needed: B = U, A = U^T R. The eigenvalues of G are what each rank takes away from the error.
+
+Legend: n inputs of a layer, m outputs, r rank.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from longshadow.compress.statistics import InputMoments, Moments
+
+Method = Literal["eora", "diagonal", "svd", "fisher"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Spectrum:
+    """Directions of a layer's output, the most useful first; fp64.
+
+    Attributes:
+        gains: [k], the error that each direction takes away; k = min(m, n), or m where only G is known.
+        directions: [m, k], orthonormal.
+        total_error: E ||R x||^2, the error without compensation.
+    """
+
+    gains: torch.Tensor
+    directions: torch.Tensor
+    total_error: float
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Factors:
+    """B A is added to the quantised weight; as a LoRA adapter of scale 1, lora_B [m, r] and lora_A [r, n]."""
+
+    lora_b: torch.Tensor
+    lora_a: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return len(self.lora_a)
+
+    @property
+    def product(self) -> torch.Tensor:
+        """B A in fp64, [m, n]."""
+        return self.lora_b.double() @ self.lora_a.double()
+
+
+def spectrum_of(residual: torch.Tensor, moments: Moments) -> Spectrum:
+    """The eigenvectors of G. A tall residual (m > n) is reduced to n x n first, since its columns span no more."""
+    residual = residual.double()
+    num_outputs, num_inputs = residual.shape
+    if num_outputs > num_inputs and isinstance(moments, InputMoments):
+        columns, small = torch.linalg.qr(residual)
+        gram = small @ moments.matrix @ small.T
+    else:
+        columns, gram = None, moments.error_gram(residual)
+    gram = (gram + gram.T) / 2
+    gains, vectors = torch.linalg.eigh(gram)
+    vectors = vectors.flip(1)
+    return Spectrum(
+        gains=gains.flip(0).clamp(min=0),
+        directions=vectors if columns is None else columns @ vectors,
+        total_error=float(gram.trace()),
+    )
+
+
+def factors_of(residual: torch.Tensor, spectrum: Spectrum, rank: int) -> Factors:
+    """B = U_r and A = U_r^T R in fp64; the best of all factors of that rank. Ranks beyond k give the rank k."""
+    if rank < 1:
+        raise ValueError(f"the rank must be at least 1, got {rank}")
+    directions = spectrum.directions[:, :rank]
+    return Factors(lora_b=directions, lora_a=directions.T @ residual.double())
+
+
+def weighted(method: Method, covariance: torch.Tensor) -> torch.Tensor:
+    """The C that a method minimises over: of EoRA the inputs' own, of LQER its diagonal, of plain SVD none."""
+    if method == "diagonal":
+        return torch.diag(covariance.diagonal())
+    if method == "svd":
+        return torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    return covariance
+
+
+def cast_factors(factors: Factors, residual: torch.Tensor, moments: Moments, dtype: torch.dtype) -> Factors:
+    """The factors in `dtype`, balanced, with B made anew for the A that rounding left.
+
+    Each pair of a column of B and a row of A is scaled to equal norms, so that neither leaves the range of the dtype.
+    Then B is the least-squares solution for the rounded A, B + (R - B A) C A^T (A C A^T)^+, where C is known.
+
+    Raises ValueError where a factor is not finite in `dtype`.
+    """
+    b_norms, a_norms = factors.lora_b.norm(dim=0), factors.lora_a.norm(dim=1)
+    # A direction that R does not have leaves nothing to scale.
+    scale = torch.where((b_norms > 0) & (a_norms > 0), (b_norms / a_norms).sqrt(), 1.0)
+    lora_a, lora_b = (factors.lora_a * scale.unsqueeze(1)).to(dtype), factors.lora_b / scale
+    if isinstance(moments, InputMoments):
+        lora_b = least_squares_b(lora_b, lora_a, residual, moments.matrix)
+    cast = Factors(lora_b=lora_b.to(dtype), lora_a=lora_a)
+    if not (cast.lora_b.isfinite().all() and cast.lora_a.isfinite().all()):
+        raise ValueError(
+            f"the compensation does not fit the range of {str(dtype).removeprefix('torch.')}: choose bfloat16 or "
+            "float32, or look for weights that are not finite"
+        )
+    return cast
+
+
+def least_squares_b(
+    lora_b: torch.Tensor, lora_a: torch.Tensor, residual: torch.Tensor, covariance: torch.Tensor
+) -> torch.Tensor:
+    """B + (R - B A) C A^T (A C A^T)^+ in fp64: the best B for this A, and `lora_b` where inputs say nothing."""
+    a = lora_a.double()
+    seen = covariance @ a.T
+    remainder = residual.double() - lora_b.double() @ a
+    inverse: torch.Tensor = torch.linalg.pinv(a @ seen, hermitian=True, rtol=1e-10)
+    return lora_b.double() + remainder @ seen @ inverse
+
+
+def remaining_error(residual: torch.Tensor, factors: Factors, covariance: torch.Tensor) -> float:
+    """E ||(R - B A) x||^2 over inputs with the second moment C [n, n]."""
+    remainder = residual.double() - factors.product
+    return float(((remainder @ covariance) * remainder).sum())
+
+
+def error_left(residual: torch.Tensor, moments: Moments, factors: Factors) -> float:
+    """E ||(R - B A) x||^2; where only G is known, for the A that is best for B."""
+    if isinstance(moments, InputMoments):
+        return remaining_error(residual, factors, moments.matrix)
+    gram = moments.error_gram(residual)
+    basis = torch.linalg.qr(factors.lora_b.double())[0]
+    return float(gram.trace() - (basis.T @ gram @ basis).trace())
+
+
+def solve(
+    residual: torch.Tensor,
+    moments: Moments,
+    rank: int,
+    *,
+    method: Method = "eora",
+    output_weights: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Factors:
+    """The factors of one layer by one method, cast to `dtype`.
+
+    Args:
+        residual: [m, n], W - W_quantised.
+        moments: of the layer's inputs; for "eora" of its errors will do.
+        rank: at least 1; more than min(m, n) gives min(m, n).
+        method: "eora"; "diagonal" as LQER, with C's diagonal; "svd" of the residual itself; "fisher", which weighs
+            outputs by `output_weights` [m], such as the mean squared gradients of the loss.
+
+    Raises ValueError for a rank below 1 and for factors that `dtype` cannot hold.
+    """
+    assert method == "eora" or isinstance(moments, InputMoments)
+    used, target = moments, residual.double()
+    if method in ("diagonal", "svd") and isinstance(moments, InputMoments):
+        used = InputMoments.of(weighted(method, moments.matrix))
+    if method == "fisher":
+        if output_weights is None or output_weights.shape != residual.shape[:1] or bool((output_weights < 0).any()):
+            raise ValueError(f"the method fisher needs {len(residual)} output weights of at least 0")
+        target = output_weights.double().sqrt().unsqueeze(1) * target
+    factors = factors_of(target, spectrum_of(target, used), rank)
+    if method == "fisher" and isinstance(moments, InputMoments):
+        # Weights of rows change which A is best, but for a given A each row of B is a least-squares problem of its own.
+        lora_a = torch.nn.functional.normalize(factors.lora_a)
+        start = residual.new_zeros(len(residual), len(lora_a), dtype=torch.float64)
+        factors = Factors(lora_b=least_squares_b(start, lora_a, residual, moments.matrix), lora_a=lora_a)
+    return cast_factors(factors, residual, used, dtype)

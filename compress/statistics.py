@@ -1,0 +1,90 @@
+"""Second moments of what a layer is given, or of the error it makes with it: plain means over real tokens.
+
+Legend: N tokens, n inputs of a layer, m outputs; R [m, n] the residual, what quantisation took from the weight.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, Self
+
+import torch
+
+
+class Moments(Protocol):
+    """What the solver knows of the activations."""
+
+    num_tokens: int
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Takes in real tokens [..., n]; padding has to be left out."""
+        ...
+
+    def error_gram(self, residual: torch.Tensor) -> torch.Tensor:
+        """G = R C R^T, [m, m]: the second moment of the error that the residual [m, n] makes, in fp64."""
+        ...
+
+
+class InputMoments:
+    """C = mean x x^T over tokens, [n, n], shared by the layers that are given the same inputs.
+
+    Products are in fp32, sums in fp64, so neither the order of samples nor a massive activation among them matters.
+    """
+
+    def __init__(self, width: int, *, device: torch.device | str = "cpu") -> None:
+        self._sum = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.num_tokens = 0
+
+    @classmethod
+    def of(cls, matrix: torch.Tensor) -> Self:
+        """As of one token with the second moment `matrix` [n, n]."""
+        moments = cls(len(matrix), device=matrix.device)
+        moments._sum += matrix
+        moments.num_tokens = 1
+        return moments
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Takes in real tokens [..., n]; padding has to be left out."""
+        tokens = inputs.detach().flatten(0, -2).float()
+        self._sum += (tokens.T @ tokens).double()
+        self.num_tokens += len(tokens)
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """C. Raises ValueError before the first token."""
+        return _mean(self._sum, self.num_tokens)
+
+    def error_gram(self, residual: torch.Tensor) -> torch.Tensor:
+        """As `Moments`."""
+        residual = residual.double()
+        return residual @ self.matrix @ residual.T
+
+
+class ErrorMoments:
+    """G = mean (R x)(R x)^T over tokens, [m, m], of one residual: the smaller matrix where m is less than n."""
+
+    def __init__(self, residual: torch.Tensor) -> None:
+        self._residual = residual.float()
+        num_outputs = len(residual)
+        self._sum = torch.zeros(num_outputs, num_outputs, dtype=torch.float64, device=residual.device)
+        self.num_tokens = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Takes in real tokens [..., n]; padding has to be left out."""
+        errors = inputs.detach().flatten(0, -2).float() @ self._residual.T
+        self._sum += (errors.T @ errors).double()
+        self.num_tokens += len(errors)
+
+    def error_gram(self, residual: torch.Tensor) -> torch.Tensor:
+        """As `Moments`, for the residual it was made for."""
+        assert torch.equal(residual.float(), self._residual)
+        return _mean(self._sum, self.num_tokens)
+
+
+def input_moments_are_cheaper(width: int, heights: Sequence[int]) -> bool:
+    """Whether C costs fewer operations a token than every layer's own G: n^2 against the sum of m n + m^2."""
+    return width * width <= sum(height * (width + height) for height in heights)
+
+
+def _mean(total: torch.Tensor, count: int) -> torch.Tensor:
+    if count == 0:
+        raise ValueError("no tokens have been counted: the calibration text is empty")
+    return total / count

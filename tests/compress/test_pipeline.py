@@ -1,0 +1,160 @@
+"""Compensation of whole models: exact at full rank, better at any, and within its budget."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from longshadow import compensate
+from longshadow.compress.adapter import save_adapter
+from longshadow.compress.blocks import decoder_blocks, linear_layers
+from tests.tiny_models import tiny_model, tiny_tokenizer
+
+
+def round_to_nearest(model: nn.Module, *, bits: int = 2, group: int = 16) -> nn.Module:
+    """A copy whose blocks' weights are rounded to a grid per group of inputs."""
+    rounded = copy.deepcopy(model)
+    for block in decoder_blocks(rounded):
+        for layer in linear_layers(block).values():
+            weight: Any = layer.weight
+            groups = weight.data.view(len(weight), -1, group)
+            lowest = groups.amin(2, keepdim=True)
+            step = (groups.amax(2, keepdim=True) - lowest) / (2**bits - 1)
+            weight.data = ((groups - lowest) / step).round().mul(step).add(lowest).view_as(weight)
+    return rounded
+
+
+@pytest.fixture(scope="module")
+def samples() -> torch.Tensor:
+    tokens = tiny_tokenizer()("A tall ship and a star to steer her by. " * 40)["input_ids"]
+    return torch.tensor(tokens[: 8 * 64]).view(8, 64)
+
+
+def divergence(original: nn.Module, other: nn.Module, samples: torch.Tensor) -> float:
+    """Mean KL of the next token's distribution from the original's."""
+    with torch.no_grad():
+        expected, actual = (model(samples).logits.double().log_softmax(-1) for model in (original, other))
+    return float((expected.exp() * (expected - actual)).sum(-1).mean())
+
+
+def with_factors(model: nn.Module, factors: dict[str, Any]) -> nn.Module:
+    merged = copy.deepcopy(model)
+    for name, pair in factors.items():
+        merged.get_submodule(name).weight.data += pair.product.float()
+    return merged
+
+
+@pytest.mark.parametrize("propagate", ["sequential", "quantized"])
+def test_full_rank_is_the_original(samples: torch.Tensor, propagate: Any) -> None:
+    original = tiny_model()
+    quantized = round_to_nearest(original)
+    result = compensate(original, quantized, samples, rank=64, propagate=propagate, dtype=torch.float32)
+    merged = with_factors(quantized, result.factors)
+    torch.testing.assert_close(merged(samples).logits, original(samples).logits, rtol=0, atol=1e-4)
+    assert len(result.factors) == 2 * 7
+    assert all(layer.after < 1e-9 < layer.before for layer in result.layers.values())
+
+
+def test_more_ranks_leave_less(samples: torch.Tensor) -> None:
+    original = tiny_model()
+    quantized = round_to_nearest(original)
+    errors = [divergence(original, quantized, samples)]
+    for rank in (2, 8, 24):
+        result = compensate(original, quantized, samples, rank=rank)
+        assert all(pair.rank == min(rank, *pair.product.shape) for pair in result.factors.values())
+        assert all(pair.lora_a.dtype == torch.bfloat16 for pair in result.factors.values())
+        errors.append(divergence(original, with_factors(quantized, result.factors), samples))
+    assert errors == sorted(errors, reverse=True) and errors[2] < 0.7 * errors[0]
+
+
+def test_a_layers_error_is_what_it_says(samples: torch.Tensor) -> None:
+    """Of the first block's first layer, whose inputs are the same in both models."""
+    original = tiny_model()
+    quantized = round_to_nearest(original)
+    result = compensate(original, quantized, samples, rank=4, dtype=torch.float32)
+    name = "model.layers.0.self_attn.q_proj"
+    inputs: list[torch.Tensor] = []
+    layer = original.get_submodule(name)
+    layer.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+    original(samples)
+    tokens = inputs[0].double().flatten(0, 1)
+    residual = (layer.weight - quantized.get_submodule(name).weight).double()
+    energy = (tokens @ layer.weight.double().T).square().sum()
+    before = (tokens @ residual.T).square().sum() / energy
+    after = (tokens @ (residual - result.factors[name].product).T).square().sum() / energy
+    assert result.layers[name].before == pytest.approx(float(before), rel=1e-4)
+    assert result.layers[name].after == pytest.approx(float(after), rel=1e-3)
+
+
+def test_budgets_are_kept_and_spent(samples: torch.Tensor) -> None:
+    original = tiny_model()
+    quantized = round_to_nearest(original)
+    uniform = compensate(original, quantized, samples, rank=8)
+    spread = compensate(original, quantized, samples, rank=None, budget=uniform.num_weights)
+    assert 0.8 * uniform.num_weights < spread.num_weights <= uniform.num_weights
+    assert {layer.rank % 8 for layer in spread.layers.values()} == {0}
+
+    def total(layers: Any) -> float:
+        return sum(layer.after for layer in layers.values())
+
+    assert total(spread.layers) <= 1.02 * total(uniform.layers)
+    with pytest.raises(ValueError, match="too small"):
+        compensate(original, quantized, samples, rank=None, budget=10)
+
+
+def test_eora_leaves_less_than_other_methods(samples: torch.Tensor) -> None:
+    original = tiny_model()
+    quantized = round_to_nearest(original)
+    left = {
+        method: sum(
+            layer.after
+            for layer in compensate(
+                original, quantized, samples, rank=8, method=method, propagate="quantized"
+            ).layers.values()
+        )
+        for method in ("eora", "diagonal", "svd")
+    }
+    assert left["eora"] < left["diagonal"] and left["eora"] < left["svd"]
+    with pytest.raises(ValueError, match="method must be"):
+        compensate(original, quantized, samples, method="fisher")
+
+
+def test_what_did_not_change_gets_nothing(samples: torch.Tensor) -> None:
+    original = tiny_model()
+    quantized = copy.deepcopy(original)
+    layer = quantized.get_submodule("model.layers.1.mlp.down_proj")
+    layer.weight.data += 0.1 * torch.randn_like(layer.weight)
+    assert list(compensate(original, quantized, samples, rank=4).factors) == ["model.layers.1.mlp.down_proj"]
+
+
+def test_models_that_do_not_match_are_refused(samples: torch.Tensor) -> None:
+    original = tiny_model()
+    quantized = round_to_nearest(original)
+    del quantized.model.layers[1]
+    with pytest.raises(ValueError, match="2 and 1 blocks"):
+        compensate(original, quantized, samples)
+    quantized = round_to_nearest(original)
+    quantized.get_submodule("model.layers.0.mlp.up_proj").weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="up_proj has weights that are not finite"):
+        compensate(original, quantized, samples)
+    quantized.get_submodule("model.layers.0.mlp").up_proj = nn.Linear(32, 8, bias=False)
+    with pytest.raises(ValueError, match=r"is \[64, 32\] in one"):
+        compensate(original, quantized, samples)
+    with pytest.raises(ValueError, match="either a rank or a budget"):
+        compensate(original, quantized, samples, rank=8, budget=100)
+    with pytest.raises(ValueError, match="keeps no decoder blocks"):
+        compensate(nn.Linear(2, 2), nn.Linear(2, 2), samples)
+
+
+def test_the_adapter_does_it_in_peft(samples: torch.Tensor, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs the extra train")
+    original = tiny_model()
+    quantized = round_to_nearest(original)
+    result = compensate(original, quantized, samples, rank=8, dtype=torch.float32)
+    expected = with_factors(quantized, result.factors)(samples).logits
+    save_adapter(tmp_path / "adapter", result.factors, base_model="some/Model")
+    loaded = peft.PeftModel.from_pretrained(quantized, tmp_path / "adapter")
+    torch.testing.assert_close(loaded(samples).logits, expected, rtol=0, atol=1e-4)

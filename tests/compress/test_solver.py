@@ -1,0 +1,178 @@
+"""The solver against the textbook solution in fp64, and what must hold for any activations."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longshadow.compress.solver import cast_factors, factors_of, remaining_error, solve, spectrum_of
+from longshadow.compress.statistics import ErrorMoments, InputMoments, input_moments_are_cheaper
+
+SHAPES = [(12, 20), (20, 12), (16, 16)]
+
+
+def layer(shape: tuple[int, int], *, tokens: int = 200, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A residual and inputs with channels of very different size."""
+    generator = torch.Generator().manual_seed(seed)
+    residual = torch.randn(shape, generator=generator, dtype=torch.float64)
+    mixing = torch.randn(shape[1], shape[1], generator=generator, dtype=torch.float64)
+    scales = torch.logspace(-2, 1, shape[1], dtype=torch.float64)
+    return residual, torch.randn(tokens, shape[1], generator=generator, dtype=torch.float64) @ mixing * scales
+
+
+def moments_of(inputs: torch.Tensor) -> InputMoments:
+    moments = InputMoments(inputs.shape[1])
+    moments.add(inputs)
+    return moments
+
+
+def exact_moments(inputs: torch.Tensor) -> InputMoments:
+    """As `moments_of`, but with products in fp64: for comparisons to the last digits."""
+    return InputMoments.of(inputs.T @ inputs / len(inputs))
+
+
+def textbook(residual: torch.Tensor, covariance: torch.Tensor, rank: int) -> torch.Tensor:
+    """[R T]_r T^-1 with T the Cholesky factor of C."""
+    root = torch.linalg.cholesky(covariance)
+    left, values, right = torch.linalg.svd(residual @ root, full_matrices=False)
+    return left[:, :rank] @ torch.diag(values[:rank]) @ torch.linalg.solve(root.T, right[:rank].T).T
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 4, 11])
+def test_solution_is_the_textbooks(shape: tuple[int, int], rank: int) -> None:
+    residual, inputs = layer(shape)
+    moments = exact_moments(inputs)
+    expected = textbook(residual, moments.matrix, rank)
+    torch.testing.assert_close(solve(residual, moments, rank).product, expected, rtol=0, atol=1e-8)
+    spectrum = spectrum_of(residual, moments)
+    left = remaining_error(residual, factors_of(residual, spectrum, rank), moments.matrix)
+    # The eigenvalues say in advance what is left.
+    assert left == pytest.approx(
+        spectrum.total_error - float(spectrum.gains[:rank].sum()), abs=1e-9 * spectrum.total_error
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_error_moments_give_the_same_directions(shape: tuple[int, int]) -> None:
+    residual, inputs = layer(shape)
+    errors = ErrorMoments(residual)
+    for part in inputs.split(37):
+        errors.add(part)
+    actual = factors_of(residual, spectrum_of(residual, errors), 4).product
+    torch.testing.assert_close(actual, textbook(residual, exact_moments(inputs).matrix, 4), rtol=0, atol=1e-3)
+
+
+ODD_INPUTS: dict[str, Any] = {
+    "fewer tokens than channels": lambda inputs: inputs[:5],
+    "channels without activity": lambda inputs: inputs * (torch.arange(inputs.shape[1]) % 3 > 0),
+    "one massive token": lambda inputs: torch.cat([inputs, 3000 * inputs[:1]]),
+    "one token": lambda inputs: inputs[:1],
+    "no activity": lambda inputs: inputs * 0,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", ODD_INPUTS)
+def test_odd_inputs(shape: tuple[int, int], case: str) -> None:
+    """No rank does harm, more ranks do no less, and the full rank gives the weight itself."""
+    residual, inputs = layer(shape)
+    moments = moments_of(ODD_INPUTS[case](inputs))
+    covariance = moments.matrix
+    before = float(((residual @ covariance) * residual).sum())
+    errors = [
+        remaining_error(residual, solve(residual, moments, rank), covariance) for rank in range(1, min(shape) + 1)
+    ]
+    slack = 1e-6 * max(before, 1e-12)  # moments come from products in fp32
+    for worse, better in zip([before, *errors], errors, strict=False):
+        assert better <= worse + slack
+    full = factors_of(residual, spectrum_of(residual, moments), min(shape)).product
+    torch.testing.assert_close(full, residual, rtol=0, atol=1e-9)
+
+
+def test_the_order_of_samples_does_not_matter() -> None:
+    residual, inputs = layer((12, 20))
+    forward, backward = InputMoments(20), InputMoments(20)
+    for part in inputs.split(10):
+        forward.add(part)
+    for part in reversed(inputs.split(10)):
+        backward.add(part)
+    torch.testing.assert_close(forward.matrix, backward.matrix, rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        solve(residual, forward, 4).product, solve(residual, backward, 4).product, rtol=0, atol=1e-9
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from(SHAPES), st.integers(1, 8))
+def test_no_method_beats_eora_on_its_own_measure(seed: int, shape: tuple[int, int], rank: int) -> None:
+    residual, inputs = layer(shape, seed=seed)
+    moments = moments_of(inputs)
+    output_weights = torch.rand(shape[0], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    errors = {
+        method: remaining_error(
+            residual, solve(residual, moments, rank, method=method, output_weights=output_weights), moments.matrix
+        )
+        for method in ("eora", "diagonal", "svd", "fisher")
+    }
+    assert min(errors, key=errors.__getitem__) == "eora" or errors["eora"] <= 1.000001 * min(errors.values())
+
+
+def test_fisher_weighs_outputs() -> None:
+    """Best among the methods where errors count by output; with equal weights it is EoRA."""
+    residual, inputs = layer((12, 20))
+    moments = exact_moments(inputs)
+    weights = torch.logspace(-3, 1, 12, dtype=torch.float64)
+    root = weights.sqrt().unsqueeze(1)
+
+    def weighted_error(**options: Any) -> float:
+        remainder = root * (residual - solve(residual, moments, 3, **options).product)
+        return float(((remainder @ moments.matrix) * remainder).sum())
+
+    fisher = weighted_error(method="fisher", output_weights=weights)
+    assert fisher < 0.999 * weighted_error()
+    expected = textbook(root * residual, moments.matrix, 3) / root
+    actual = solve(residual, moments, 3, method="fisher", output_weights=weights).product
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-8)
+    alike = solve(residual, moments, 3, method="fisher", output_weights=torch.ones(12)).product
+    torch.testing.assert_close(alike, solve(residual, moments, 3).product, rtol=0, atol=1e-8)
+    with pytest.raises(ValueError, match="12 output weights"):
+        solve(residual, moments, 3, method="fisher")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_casting_makes_b_anew(dtype: torch.dtype) -> None:
+    residual, inputs = layer((20, 32))
+    moments = exact_moments(inputs)
+    exact = factors_of(residual, spectrum_of(residual, moments), 8)
+    cast = cast_factors(exact, residual, moments, dtype)
+    assert cast.lora_a.dtype == cast.lora_b.dtype == dtype
+    torch.testing.assert_close(
+        cast.lora_a.float().norm(dim=1).sum(), cast.lora_b.float().norm(dim=0).sum(), rtol=0.1, atol=0
+    )
+    plain = type(exact)(lora_b=exact.lora_b.to(dtype), lora_a=exact.lora_a.to(dtype))
+    best = remaining_error(residual, exact, moments.matrix)
+    lost, plainly_lost = (remaining_error(residual, factors, moments.matrix) - best for factors in (cast, plain))
+    assert 0 <= lost < plainly_lost
+    with pytest.raises(ValueError, match="range of float16"):
+        cast_factors(exact, 1e12 * residual, moments, torch.float16)
+
+
+def test_small_residuals_stay_in_range() -> None:
+    residual, inputs = layer((20, 32))
+    moments = exact_moments(inputs)
+    cast = solve(1e-6 * residual, moments, 8, dtype=torch.float16)
+    error = remaining_error(1e-6 * residual, cast, moments.matrix)
+    assert error <= 1.01 * remaining_error(1e-6 * residual, solve(1e-6 * residual, moments, 8), moments.matrix)
+
+
+def test_the_cheaper_moments() -> None:
+    assert input_moments_are_cheaper(576, [576, 192, 192])  # q, k and v of SmolLM2
+    assert not input_moments_are_cheaper(1536, [576])  # down_proj
+    with pytest.raises(ValueError, match="calibration text is empty"):
+        _ = InputMoments(3).matrix
+    residual, inputs = layer((12, 20))
+    with pytest.raises(ValueError, match="at least 1"):
+        solve(residual, moments_of(inputs), 0)
