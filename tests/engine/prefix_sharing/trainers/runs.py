@@ -103,6 +103,14 @@ def train_pairs(
     return logged, weights
 
 
+def baseline(*arguments: Any, **options: Any) -> Run:
+    """TRL alone. A setting that another version of TRL does not have is skipped; the pinned one has to have all."""
+    try:
+        return train_pairs(*arguments, **options)
+    except Exception as error:
+        pytest.skip(f"TRL alone fails: {error}")
+
+
 def number_of_words(completions: list[str], **_: Any) -> list[float]:
     """A reward: how many different words."""
     return [float(len(set(text.split()))) for text in completions]
