@@ -15,7 +15,7 @@ CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cpp csrc/*.h csrc/*.cuh)
 
 export PYTHON TORCH_INDEX
 
-.PHONY: demo test test-trl-versions check release-check gpu-check set-up clean
+.PHONY: demo test test-trl-versions test-formats check release-check gpu-check set-up clean
 
 demo: set-up  ## a question about a long document, with ShadowKV and with full attention
 	$(BIN)/python -m longshadow.demo
@@ -25,6 +25,9 @@ test: set-up  ## the tests; choose some with PYTEST_ARGS="-m 'not slow'"
 
 test-trl-versions: set-up  ## prefix sharing in training with older versions of TRL, too; writes docs/trl_versions.json
 	$(BIN)/python .ci/test-trl-versions
+
+test-formats: set-up  ## quantised formats, each with its own library; writes docs/formats.json
+	$(BIN)/python .ci/test-formats
 
 check: set-up  ## lint, format and types
 	$(BIN)/ruff check .
@@ -50,4 +53,4 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 clean:  ## the environment and everything built
-	rm -rf $(VENV) .venv-trl build dist src/*.egg-info
+	rm -rf $(VENV) .venv-trl .venv-formats build dist src/*.egg-info

@@ -1,10 +1,10 @@
 """`STEP=... COMMIT=... OUT=... python -m bench.gpu_check`: the GPU tests, then the GPU tables, step by step.
 
 For a machine that holds an export of the repository, the package, and its own torch, triton and transformers.
-Every step is its own process, ends within eight minutes, and leaves one small JSON file in the flat folder
-OUT. A step that has finished is skipped, one that the clock stopped runs again (tables take over what was
-measured), so an interrupted check goes on where it stopped. Without STEP all steps run, in order. FORCE=1
-repeats finished steps.
+Every step is its own process, ends within eight minutes, and leaves its result in one small file in the folder
+OUT, gpu_check.json. A step that has finished is skipped, one that the clock stopped runs again (tables take over
+what was measured), so an interrupted check goes on where it stopped. Without STEP all steps run, in order; STEP=a,b
+chooses some. FORCE=1 repeats finished steps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bench.environment import describe_environment
 from bench.revision import REPOSITORY, current_revision
 
 STEP_SECONDS = 480
-MAX_FILES = 8
+RESULTS = "gpu_check.json"
 OUTPUT_TAIL = 4000
 NO_CUDA = 2
 
@@ -58,6 +58,7 @@ STEPS = (
     table_step("perplexity", modules=DEMO_MODEL),
     table_step("prefix_attention", step="prefix_attention_gpu"),
     table_step("dpo_step_gpu"),
+    table_step("eora_time", step="eora_time_gpu"),
 )
 
 
@@ -66,19 +67,18 @@ def run_steps(steps: Sequence[Step], environment: Mapping[str, str], *, limit_se
 
     Raises ValueError for an unknown STEP, a missing OUT, and a step whose wheels are not installed.
     """
-    assert len(steps) <= MAX_FILES
     wanted = select_steps(steps, environment.get("STEP"))
     if not environment.get("OUT"):
         raise ValueError("set OUT to the folder for the results")
     out = Path(environment["OUT"])
     out.mkdir(parents=True, exist_ok=True)
+    results = read_results(out)
     failed = False
     for step in wanted:
-        path = out / f"{step.name}.json"
-        result = None if environment.get("FORCE") == "1" else finished_result(path)
-        if result is None:
-            result = run_step(step, environment, limit_seconds=limit_seconds)
-            _write_whole(path, json.dumps(result, indent=1) + "\n")
+        result = results.get(step.name)
+        if result is None or not result["finished"] or environment.get("FORCE") == "1":
+            result = results[step.name] = run_step(step, environment, limit_seconds=limit_seconds)
+            _write_whole(out / RESULTS, json.dumps(results, indent=1) + "\n")
         print(
             f"{step.name}: {'passed' if result['passed'] else 'FAILED'} ({result['seconds']:.0f} s)",
             flush=True,
@@ -87,22 +87,22 @@ def run_steps(steps: Sequence[Step], environment: Mapping[str, str], *, limit_se
     return 1 if failed else 0
 
 
-def select_steps(steps: Sequence[Step], name: str | None) -> list[Step]:
-    """All steps, or the one called `name`. Raises ValueError with the names for one that does not exist."""
-    if not name:
+def select_steps(steps: Sequence[Step], names: str | None) -> list[Step]:
+    """All steps, or those named, with commas between. Raises ValueError with the names for one that does not exist."""
+    if not names:
         return list(steps)
-    chosen = [step for step in steps if step.name == name]
-    if not chosen:
-        raise ValueError(f"no step is called {name!r}; there are {', '.join(step.name for step in steps)}")
-    return chosen
+    known = {step.name: step for step in steps}
+    for name in names.split(","):
+        if name not in known:
+            raise ValueError(f"no step is called {name!r}; there are {', '.join(known)}")
+    return [known[name] for name in names.split(",")]
 
 
-def finished_result(path: Path) -> dict[str, Any] | None:
-    """What an earlier run of a step left in `path`; None if it was stopped by the clock or never ran."""
-    if not path.exists():
-        return None
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return result if result["finished"] else None
+def read_results(out: Path) -> dict[str, Any]:
+    """What earlier runs left in the folder, by step."""
+    path = out / RESULTS
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return results
 
 
 def run_step(step: Step, environment: Mapping[str, str], *, limit_seconds: float) -> dict[str, Any]:

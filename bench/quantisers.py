@@ -9,34 +9,7 @@ import torch
 from torch import nn
 
 from longshadow.compress.blocks import decoder_blocks, linear_layers
-
-# A scale and an offset in half precision, for every group of round-to-nearest.
-GROUP_BITS = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundToNearest:
-    """Each group of a row on an even grid from its least to its largest weight."""
-
-    bits: int
-    group: int
-
-    @property
-    def name(self) -> str:
-        """For tables."""
-        return f"{self.bits} bits, groups of {self.group}"
-
-    @property
-    def bits_per_weight(self) -> float:
-        """With scales and offsets."""
-        return self.bits + GROUP_BITS / self.group
-
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight [m, n] as it is after rounding."""
-        groups = weight.view(len(weight), -1, self.group)
-        lowest = groups.amin(2, keepdim=True)
-        step = ((groups.amax(2, keepdim=True) - lowest) / (2**self.bits - 1)).clamp(min=1e-12)
-        return ((groups - lowest) / step).round().mul(step).add(lowest).view_as(weight)
+from longshadow.compress.rounding import RoundToNearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +26,33 @@ class TwoOfFour:
         return (fours * kept).view_as(weight)
 
 
-Quantiser = RoundToNearest | TwoOfFour
+@dataclass(frozen=True, kw_only=True)
+class NormalFloat:
+    """NF4 (arXiv 2305.14314): blocks of 64 in a row, scaled by their largest magnitude, on quantiles of a normal."""
+
+    name: str = "NF4, blocks of 64"
+    block: int = 64
+    bits_per_weight: float = 4 + 32 / 64
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight [m, n] as it is after rounding."""
+        levels = normal_float_levels().to(weight)
+        blocks = weight.view(-1, self.block)
+        scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12)
+        bounds = (levels[1:] + levels[:-1]) / 2
+        return (levels[torch.bucketize(blocks / scale, bounds)] * scale).view_as(weight)
+
+
+def normal_float_levels() -> torch.Tensor:
+    """The 16 levels, from -1 to 1: evenly spaced quantiles, eight above 0, seven below, and 0 itself."""
+    tail = (1 - 1 / 32 + 1 - 1 / 30) / 2  # the probability up to the outermost level
+    above = torch.special.ndtri(torch.linspace(tail, 0.5, 9, dtype=torch.float64)[:-1])
+    below = -torch.special.ndtri(torch.linspace(tail, 0.5, 8, dtype=torch.float64)[:-1])
+    levels = torch.cat([below, torch.zeros(1, dtype=torch.float64), above]).sort().values
+    return (levels / levels.max()).float()
+
+
+Quantiser = RoundToNearest | TwoOfFour | NormalFloat
 
 
 @torch.no_grad()

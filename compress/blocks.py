@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 LinearHook = Callable[[str, nn.Module, torch.Tensor], None]
 
@@ -17,6 +18,31 @@ class HiddenStates:
 
     samples: list[torch.Tensor]
     arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputGroup:
+    """Layers that are given one and the same tensor, and the norm that made it, if one did; names in the block."""
+
+    layers: tuple[str, ...]
+    norm: str | None
+
+
+class Head(nn.Module):
+    """The model's end, the last norm and the head, as one more block."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Raises ValueError for a model that keeps its last norm elsewhere than `model.norm`."""
+        super().__init__()
+        norm, head = getattr(getattr(model, "base_model", None), "norm", None), model.get_output_embeddings()  # type: ignore[operator]
+        if not isinstance(norm, nn.Module) or not isinstance(head, nn.Module):
+            raise ValueError(f"{type(model).__name__} keeps no last norm in model.norm: its head cannot be compensated")
+        self.norm, self.head = norm, head
+
+    def forward(self, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        """Logits."""
+        logits: torch.Tensor = self.head(self.norm(hidden))
+        return logits
 
 
 class _Reached(Exception):
@@ -74,17 +100,52 @@ def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def input_groups(block: nn.Module, hidden: HiddenStates) -> list[InputGroup]:
+    """What the block's linear layers are given, found on the first sample."""
+    given: dict[int, list[str]] = {}
+    norms: dict[int, str] = {}
+    kept: list[torch.Tensor] = []  # alive, so that no address is used twice
+
+    def note(name: str, module: nn.Module, inputs: torch.Tensor) -> None:
+        kept.append(inputs)
+        given.setdefault(inputs.data_ptr(), []).append(name)
+
+    def noter(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], Any], None]:
+        def note_norm(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                kept.append(output)
+                norms[output.data_ptr()] = name
+
+        return note_norm
+
+    hooks = [module.register_forward_hook(noter(name)) for name, module in block.named_modules() if _is_norm(module)]
+    try:
+        run_block(block, HiddenStates(samples=hidden.samples[:1], arguments=hidden.arguments), note)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [InputGroup(layers=tuple(names), norm=norms.get(address)) for address, names in given.items()]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    vector = isinstance(weight, torch.Tensor) and weight.dim() == 1
+    return vector and not hasattr(module, "in_features") and not list(module.children())
+
+
+def add_low_rank(layer: nn.Module, b: torch.Tensor, a: torch.Tensor) -> RemovableHandle:
+    """The layer adds B A x to its output, for B [m, r] and A [r, n], until the handle is removed."""
+
+    def add(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return output + (inputs[0].to(a.dtype) @ a.T @ b.T).to(output.dtype)
+
+    return layer.register_forward_hook(add)
+
+
 @contextmanager
 def compensated(layers: dict[str, tuple[nn.Module, torch.Tensor, torch.Tensor]]) -> Iterator[None]:
     """Within, each layer adds B A x to its output; values are (layer, B [m, r], A [r, n])."""
-
-    def adder(b: torch.Tensor, a: torch.Tensor) -> Callable[..., torch.Tensor]:
-        def add(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            return output + (inputs[0].to(a.dtype) @ a.T @ b.T).to(output.dtype)
-
-        return add
-
-    hooks = [layer.register_forward_hook(adder(b, a)) for layer, b, a in layers.values()]
+    hooks = [add_low_rank(layer, b, a) for layer, b, a in layers.values()]
     try:
         yield
     finally:

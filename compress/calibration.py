@@ -8,6 +8,9 @@ from typing import Any
 import torch
 
 BUILTIN = "builtin"
+HUB = "hf:"
+# Of a data set on the hub, which may be endless, as much as the longest calibrations need.
+HUB_CHARACTERS = 20_000_000
 # Of five documents in a row: three calibrate, one chooses between settings, one is for the report.
 PARTS = ("calibration", "calibration", "calibration", "selection", "report")
 
@@ -20,9 +23,14 @@ class Splits:
     selection: torch.Tensor
     report: torch.Tensor
 
+    def to(self, device: torch.device | str) -> "Splits":
+        """The same on another device."""
+        return Splits(**{name: blocks.to(device) for name, blocks in vars(self).items()})
+
 
 def read_documents(source: str) -> list[str]:
-    """Documents of FILE.jsonl (column text), of FILE.txt (paragraphs), or those that ship with Python ("builtin").
+    """Documents of FILE.jsonl (column text), of FILE.txt (paragraphs), of a data set on the Hugging Face hub
+    ("hf:NAME" or "hf:NAME:CONFIGURATION", its split train, column text), or those that ship with Python ("builtin").
 
     Raises ValueError for a file that cannot be read, is empty, or lacks the column, with the line.
     """
@@ -30,6 +38,8 @@ def read_documents(source: str) -> list[str]:
         from pydoc_data.topics import topics
 
         return [text for _, text in sorted(topics.items())]
+    if source.startswith(HUB):
+        return _hub_documents(source.removeprefix(HUB))
     path = Path(source)
     try:
         text = path.read_text(encoding="utf-8")
@@ -45,6 +55,28 @@ def read_documents(source: str) -> list[str]:
         documents = [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
     if not documents:
         raise ValueError(f"the calibration text {source} is empty")
+    return documents
+
+
+def _hub_documents(name: str) -> list[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(f"{HUB}{name} needs the package datasets: pip install 'longshadow[train]'") from error
+    name, _, configuration = name.partition(":")
+    documents: list[str] = []
+    left = HUB_CHARACTERS
+    try:
+        for row in load_dataset(name, configuration or None, split="train", streaming=True):
+            documents.append(row["text"])
+            left -= len(documents[-1])
+            if left < 0:
+                break
+    except KeyError:
+        raise ValueError(f'the data set {name} has no column "text"') from None
+    # The library raises many kinds of errors for a name that is not there.
+    except Exception as error:
+        raise ValueError(f"cannot read the data set {name}: {str(error).splitlines()[0]}") from error
     return documents
 
 

@@ -1,7 +1,7 @@
 """What a compensation bought, on text that it never saw: divergence from the original, and perplexity."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,18 +35,32 @@ class Quality:
 
 
 @torch.no_grad()
+def log_probabilities(model: nn.Module, sample: torch.Tensor) -> torch.Tensor:
+    """Of the next token, [length - 1, vocabulary] in fp32, for token ids [length]."""
+    logits: torch.Tensor = model(input_ids=sample.unsqueeze(0), use_cache=False).logits
+    return logits[0, :-1].float().log_softmax(-1)
+
+
 def quality(original: nn.Module, model: nn.Module, samples: torch.Tensor) -> Quality:
     """Of `model` on token ids [samples, length]; of the original itself, the divergence is 0."""
+    expected = (log_probabilities(original, sample) for sample in samples)
+    return quality_against(expected, model, samples) if model is not original else own_quality(expected, samples)
+
+
+def quality_against(expected: Iterable[torch.Tensor], model: nn.Module, samples: torch.Tensor) -> Quality:
+    """Of `model`, where the original's log-probabilities of each sample are known."""
     divergence, loss = [], []
-    for sample in samples:
-        ids = sample.unsqueeze(0)
-        expected = original(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-        actual = expected if model is original else model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        actual = actual.log_softmax(-1)
-        apart = F.kl_div(actual, expected, reduction="none", log_target=True).sum(-1).mean()
-        divergence.append(0.0 if model is original else float(apart))
+    for reference, sample in zip(expected, samples, strict=True):
+        actual = log_probabilities(model, sample)
+        divergence.append(float(F.kl_div(actual, reference, reduction="none", log_target=True).sum(-1).mean()))
         loss.append(float(F.nll_loss(actual, sample[1:])))
     return Quality(divergence=tuple(divergence), loss=tuple(loss))
+
+
+def own_quality(expected: Iterable[torch.Tensor], samples: torch.Tensor) -> Quality:
+    """Of the original itself."""
+    loss = tuple(float(F.nll_loss(reference, sample[1:])) for reference, sample in zip(expected, samples, strict=True))
+    return Quality(divergence=(0.0,) * len(loss), loss=loss)
 
 
 def mean_and_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float, float]:

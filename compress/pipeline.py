@@ -1,5 +1,6 @@
 """`compensate`: a quantised model's error, block by block, as low-rank factors for its linear layers."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,6 +10,7 @@ from torch import nn
 
 from longshadow.compress.allocation import LayerGains, allocate
 from longshadow.compress.blocks import (
+    Head,
     HiddenStates,
     compensated,
     decoder_blocks,
@@ -16,21 +18,18 @@ from longshadow.compress.blocks import (
     linear_layers,
     run_block,
 )
-from longshadow.compress.formats import weight_of
-from longshadow.compress.solver import Factors, Method, Spectrum, error_left, solve, spectrum_of
-from longshadow.compress.statistics import ErrorMoments, InputMoments, Moments, input_moments_are_cheaper
+from longshadow.compress.measure import Calibrator, LayerReport
+from longshadow.compress.sensitivity import output_sensitivity
+from longshadow.compress.shards import Shards
+from longshadow.compress.solver import Factors, Method
 
-Propagate = Literal["sequential", "quantized"]
+Propagate = Literal["sequential", "quantized", "original"]
+METHODS: tuple[Method, ...] = ("eora", "diagonal", "svd", "fisher")
 RANK_MULTIPLE = 8
+# Squared gradients settle with far fewer tokens than second moments of inputs do.
+SENSITIVITY_SAMPLES = 8
 
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class LayerReport:
-    """One layer: its rank, and its error E ||R x||^2 relative to the output E ||W x||^2 it spoils, before and after."""
-
-    rank: int
-    before: float
-    after: float
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,6 +45,17 @@ class Compensation:
         return sum(factors.lora_a.numel() + factors.lora_b.numel() for factors in self.factors.values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A block, or the head, in both models; `names` are the whole names of its linear layers."""
+
+    number: int
+    original: nn.Module
+    quantized: nn.Module
+    name: str
+    names: dict[str, str]
+
+
 @torch.no_grad()
 def compensate(
     original: nn.Module,
@@ -54,9 +64,12 @@ def compensate(
     *,
     rank: int | None = 32,
     budget: int | None = None,
+    uniform: bool = False,
     method: Method = "eora",
     propagate: Propagate = "sequential",
+    head: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    shards: Shards | None = None,
     on_block: Callable[[int, int], None] | None = None,
 ) -> Compensation:
     """EoRA for every linear layer of the decoder blocks whose weight quantisation changed.
@@ -67,10 +80,13 @@ def compensate(
         rank: of every layer, or None with a `budget`.
         budget: weights of all factors together, spread over layers by what they take away from each one's relative
             error, in ranks of whole eights.
-        method: "eora", or to compare with "diagonal" or "svd".
-        propagate: what a block is given: "sequential", the outputs of compensated blocks before it, or "quantized",
-            those of uncompensated ones.
+        uniform: give all layers the largest rank, of whole eights, that the budget allows.
+        method: "eora"; "diagonal" and "svd", to compare with; "fisher", which weighs outputs by the loss's gradients.
+        propagate: what a block is given: "sequential", the outputs of compensated blocks before it, "quantized",
+            those of uncompensated ones, or "original", those of the original's.
+        head: compensate the language-model head, too.
         dtype: of the factors.
+        shards: keeps finished blocks, and has those of an interrupted run with the same arguments.
         on_block: called with the number of finished blocks and of all, for progress.
 
     Raises ValueError for models that do not match, for a budget or rank out of range, and for weights that are not
@@ -78,148 +94,149 @@ def compensate(
     """
     if (rank is None) == (budget is None):
         raise ValueError("give either a rank or a budget")
-    if method not in ("eora", "diagonal", "svd"):
-        raise ValueError(f"method must be eora, diagonal or svd, got {method!r}")
-    blocks, compressed = decoder_blocks(original), decoder_blocks(quantized)
-    if len(blocks) != len(compressed):
-        raise ValueError(f"the models have {len(blocks)} and {len(compressed)} blocks: they do not match")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if samples.dim() != 2 or samples.numel() == 0:
         raise ValueError(f"samples must be token ids [samples, length], got {list(samples.shape)}")
-    prefix = _prefix_of(quantized, compressed)
-    start = first_inputs(quantized, samples)
-    ranks = None
-    if budget is not None:
-        gains = _gains(blocks, compressed, start, prefix)
-        ranks = allocate(gains, budget, multiple=RANK_MULTIPLE)
+    stages = stages_of(original, quantized, head=head)
+    calibrator = Calibrator(of_original=propagate == "original", only_inputs=method != "eora")
+    start = first_inputs(original if propagate == "original" else quantized, samples)
+    num_done, num_steps = 0, len(stages) * (1 if budget is None or uniform else 2)
+
+    def done() -> None:
+        nonlocal num_done
+        num_done += 1
+        if on_block is not None:
+            on_block(num_done, num_steps)
+
+    if budget is not None and uniform:
+        rank = _uniform_rank(stages, budget)
+    ranks: dict[str, int] | None = None
+    if rank is None:
+        assert budget is not None
+        ranks = allocate(_gains(stages, calibrator, start, shards, done), budget, multiple=RANK_MULTIPLE)
+    sensitivity: dict[str, torch.Tensor] = {}
+    if method == "fisher":
+        names = [name for stage in stages for name in stage.names.values()]
+        sensitivity = output_sensitivity(original, names, samples[:SENSITIVITY_SAMPLES])
     result = Compensation()
     hidden = start
-    for number, (block, quantized_block) in enumerate(zip(blocks, compressed, strict=True)):
-        name = f"{prefix}.{number}"
-        measured = measure_block(block, quantized_block, hidden, name, only_inputs=method != "eora")
-        chosen: dict[str, tuple[nn.Module, torch.Tensor, torch.Tensor]] = {}
-        for layer_name, layer in measured.items():
-            wanted = rank if ranks is None else ranks[f"{name}.{layer_name}"]
-            assert wanted is not None
-            factors, report = layer.solve(wanted, method, dtype)
-            result.layers[f"{name}.{layer_name}"] = report
+    for stage in stages:
+        saved = None if shards is None else shards.load(f"block_{stage.number:05d}")
+        if saved is None:
+            measured = calibrator.measure(stage.original, stage.quantized, hidden, stage.name)
+            wanted = {name: rank if ranks is None else ranks[stage.names[name]] for name in measured}
+            solved = calibrator.solve(
+                measured,
+                stage.original if calibrator.of_original else stage.quantized,
+                hidden,
+                {name: it for name, it in wanted.items() if it is not None},
+                method,
+                {name: sensitivity[whole] for name, whole in stage.names.items() if whole in sensitivity},
+                dtype,
+            )
+            if shards is not None:
+                _save(shards, stage, solved)
+        else:
+            solved = _solved(*saved)
+        for name, (factors, report) in solved.items():
+            result.layers[stage.names[name]] = report
             if factors is not None:
-                result.factors[f"{name}.{layer_name}"] = factors
-                kind = layer.residual.dtype
-                chosen[layer_name] = (layer.module, factors.lora_b.to(kind), factors.lora_a.to(kind))
-        if number + 1 < len(blocks):
-            with compensated(chosen if propagate == "sequential" else {}):
-                hidden = run_block(quantized_block, hidden)
-        if on_block is not None:
-            on_block(number + 1, len(blocks))
+                result.factors[stage.names[name]] = factors
+        if stage is not stages[-1]:
+            hidden = _next_inputs(stage, hidden, propagate, {name: pair for name, (pair, _) in solved.items()})
+        done()
     return result
 
 
-@dataclass(eq=False, kw_only=True)
-class MeasuredLayer:
-    """A layer that quantisation changed, with what was seen of its inputs."""
-
-    module: nn.Module
-    residual: torch.Tensor
-    moments: Moments
-    output_energy: float = 0.0
-
-    def spectrum(self) -> Spectrum:
-        """Of its error."""
-        return spectrum_of(self.residual, self.moments)
-
-    def solve(self, rank: int, method: Method, dtype: torch.dtype) -> tuple[Factors | None, LayerReport]:
-        """The factors of that rank, none for rank 0, and the error relative to the layer's output."""
-        energy = self.output_energy or 1.0
-        before = float(self.moments.error_gram(self.residual).trace()) / energy
-        if rank == 0:
-            return None, LayerReport(rank=0, before=before, after=before)
-        factors = solve(self.residual, self.moments, rank, method=method, dtype=dtype)
-        after = max(0.0, error_left(self.residual, self.moments, factors)) / energy
-        return factors, LayerReport(rank=factors.rank, before=before, after=after)
+def stages_of(original: nn.Module, quantized: nn.Module, *, head: bool) -> list[Stage]:
+    """Blocks of both models side by side, and their heads. Raises ValueError where their numbers differ."""
+    blocks, compressed = decoder_blocks(original), decoder_blocks(quantized)
+    if len(blocks) != len(compressed):
+        raise ValueError(f"the models have {len(blocks)} and {len(compressed)} blocks: they do not match")
+    pairs: list[tuple[nn.Module, nn.Module]] = list(zip(blocks, compressed, strict=True))
+    if head:
+        pairs.append((Head(original), Head(quantized)))
+    whole = {module: name for name, module in quantized.named_modules()}
+    stages = []
+    for number, (block, other) in enumerate(pairs):
+        name = whole.get(other, "the head")
+        names = {below: whole[layer] for below, layer in linear_layers(other).items()}
+        stages.append(Stage(number=number, original=block, quantized=other, name=name, names=names))
+    if any(parameter.dim() > 2 for parameter in quantized.parameters()):
+        logger.warning("experts are not compensated: their weights are no linear layers")
+    return stages
 
 
-def measure_block(
-    block: nn.Module, quantized: nn.Module, hidden: HiddenStates, name: str, *, only_inputs: bool = False
-) -> dict[str, MeasuredLayer]:
-    """Runs a quantised block over its inputs and counts the moments of every layer whose weight has changed.
-
-    Of its errors, where that is cheaper and not ruled out by `only_inputs`.
-    """
-    originals, changed = linear_layers(block), linear_layers(quantized)
-    if originals.keys() != changed.keys():
-        odd = sorted(originals.keys() ^ changed.keys())
-        raise ValueError(f"the models do not match: {name}.{odd[0]} is in one of them only")
-    weights: dict[str, torch.Tensor] = {}
-    residuals: dict[str, torch.Tensor] = {}
-    for layer_name, layer in changed.items():
-        weight, approximation = weight_of(originals[layer_name]), weight_of(layer)
-        if weight.shape != approximation.shape:
-            raise ValueError(
-                f"the models do not match: {name}.{layer_name} is {list(weight.shape)} in one and "
-                f"{list(approximation.shape)} in the other"
-            )
-        if not (weight.isfinite().all() and approximation.isfinite().all()):
-            raise ValueError(f"{name}.{layer_name} has weights that are not finite")
-        if not torch.equal(weight, approximation):
-            weights[layer_name], residuals[layer_name] = weight, weight - approximation
-    layers: dict[str, MeasuredLayer] = {}
-    counting: set[str] = set()  # layers that fill moments: of a group that shares them, the first
-    for group in _input_groups(quantized, hidden, list(residuals)):
-        width = residuals[group[0]].shape[1]
-        shared = InputMoments(width, device=residuals[group[0]].device)
-        cheaper = only_inputs or input_moments_are_cheaper(width, [len(residuals[member]) for member in group])
-        counting.update(group[:1] if cheaper else group)
-        for member in group:
-            moments: Moments = shared if cheaper else ErrorMoments(residuals[member])
-            layers[member] = MeasuredLayer(module=changed[member], residual=residuals[member], moments=moments)
-    seen: dict[str, float] = dict.fromkeys(layers, 0.0)
-
-    def count(layer_name: str, module: nn.Module, inputs: torch.Tensor) -> None:
-        if layer_name in layers:
-            outputs = inputs.flatten(0, -2).float() @ weights[layer_name].T
-            seen[layer_name] += float(outputs.double().square().sum())
-        if layer_name in counting:
-            layers[layer_name].moments.add(inputs)
-
-    run_block(quantized, hidden, count)
-    for layer_name, measured in layers.items():
-        measured.output_energy = seen[layer_name] / measured.moments.num_tokens
-    return layers
+def _next_inputs(
+    stage: Stage, hidden: HiddenStates, propagate: Propagate, factors: dict[str, Factors | None]
+) -> HiddenStates:
+    if propagate == "original":
+        return run_block(stage.original, hidden)
+    like = hidden.samples[0]
+    layers = linear_layers(stage.quantized)
+    added = {
+        name: (layers[name], pair.lora_b.to(like), pair.lora_a.to(like))
+        for name, pair in factors.items()
+        if pair is not None and propagate == "sequential"
+    }
+    with compensated(added):
+        return run_block(stage.quantized, hidden)
 
 
-def _input_groups(block: nn.Module, hidden: HiddenStates, names: list[str]) -> list[list[str]]:
-    """Layers that are given one and the same tensor, found on the first sample."""
-    given: dict[str, int] = {}
-    kept: list[torch.Tensor] = []
-
-    def note(name: str, module: nn.Module, inputs: torch.Tensor) -> None:
-        kept.append(inputs)  # alive, so that no address is used twice
-        given[name] = inputs.data_ptr()
-
-    run_block(block, HiddenStates(samples=hidden.samples[:1], arguments=hidden.arguments), note)
-    groups: dict[int, list[str]] = {}
-    for name in names:
-        if name in given:
-            groups.setdefault(given[name], []).append(name)
-    return list(groups.values())
+def _uniform_rank(stages: list[Stage], budget: int) -> int:
+    """The largest rank, of whole eights, that all layers can have."""
+    layers = [layer for stage in stages for layer in linear_layers(stage.quantized).values()]
+    cost = sum(int(layer.in_features) + int(layer.out_features) for layer in layers)  # type: ignore[arg-type]
+    rank = budget // cost // RANK_MULTIPLE * RANK_MULTIPLE
+    if rank == 0:
+        raise ValueError(
+            f"a budget of {budget} weights is too small: rank {RANK_MULTIPLE} for every layer needs "
+            f"{RANK_MULTIPLE * cost}"
+        )
+    return rank
 
 
 def _gains(
-    blocks: nn.ModuleList, compressed: nn.ModuleList, hidden: HiddenStates, prefix: str
+    stages: list[Stage], calibrator: Calibrator, hidden: HiddenStates, shards: Shards | None, done: Callable[[], None]
 ) -> dict[str, LayerGains]:
-    """Of all layers, over the uncompensated model; relative to each layer's output, so that large ones do not win."""
+    """Of all layers, without compensation before them; relative to each one's output, so that large ones do not win."""
     gains = {}
-    for number, (block, quantized) in enumerate(zip(blocks, compressed, strict=True)):
-        for name, layer in measure_block(block, quantized, hidden, f"{prefix}.{number}").items():
-            gains[f"{prefix}.{number}.{name}"] = LayerGains(
-                gains=layer.spectrum().gains,
-                cost=sum(layer.residual.shape),
-                weight=1 / layer.output_energy if layer.output_energy else 0.0,
-            )
-        hidden = run_block(quantized, hidden)
+    for stage in stages:
+        saved = None if shards is None else shards.load(f"gains_{stage.number:05d}")
+        if saved is None:
+            measured = calibrator.measure(stage.original, stage.quantized, hidden, stage.name)
+            tensors = {name: layer.spectrum().gains for name, layer in measured.items()}
+            facts = {name: [sum(layer.residual.shape), layer.output_energy] for name, layer in measured.items()}
+            if shards is not None:
+                shards.save(f"gains_{stage.number:05d}", tensors, facts)
+        else:
+            tensors, facts = saved
+        for name, (cost, energy) in facts.items():
+            gains[stage.names[name]] = LayerGains(gains=tensors[name], cost=cost, weight=1 / energy if energy else 0.0)
+        if stage is not stages[-1]:
+            hidden = run_block(stage.original if calibrator.of_original else stage.quantized, hidden)
+        done()
     return gains
 
 
-def _prefix_of(model: nn.Module, blocks: nn.ModuleList) -> str:
-    """The name of the list of blocks in the model."""
-    return next(str(name) for name, module in model.named_modules() if module is blocks)
+def _save(shards: Shards, stage: Stage, solved: dict[str, tuple[Factors | None, LayerReport]]) -> None:
+    tensors = {}
+    for name, (factors, _) in solved.items():
+        if factors is not None:
+            tensors |= {f"{name}.lora_A": factors.lora_a, f"{name}.lora_B": factors.lora_b}
+    shards.save(f"block_{stage.number:05d}", tensors, {name: vars(report) for name, (_, report) in solved.items()})
+
+
+def _solved(
+    tensors: dict[str, torch.Tensor], facts: dict[str, dict[str, float]]
+) -> dict[str, tuple[Factors | None, LayerReport]]:
+    solved: dict[str, tuple[Factors | None, LayerReport]] = {}
+    for name, report in facts.items():
+        found = f"{name}.lora_A" in tensors
+        factors = Factors(lora_b=tensors[f"{name}.lora_B"], lora_a=tensors[f"{name}.lora_A"]) if found else None
+        solved[name] = (
+            factors,
+            LayerReport(rank=int(report["rank"]), before=report["before"], after=report["after"]),
+        )
+    return solved

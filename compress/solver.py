@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from longshadow.compress.statistics import InputMoments, Moments
+from longshadow.compress.statistics import InputMoments, Moments, RefitMoments
 
 Method = Literal["eora", "diagonal", "svd", "fisher"]
 
@@ -87,37 +87,41 @@ def weighted(method: Method, covariance: torch.Tensor) -> torch.Tensor:
 
 
 def cast_factors(factors: Factors, residual: torch.Tensor, moments: Moments, dtype: torch.dtype) -> Factors:
-    """The factors in `dtype`, balanced, with B made anew for the A that rounding left.
+    """The factors in `dtype`, balanced, with B made anew for the A that rounding left, as far as C is known.
 
     Each pair of a column of B and a row of A is scaled to equal norms, so that neither leaves the range of the dtype.
-    Then B is the least-squares solution for the rounded A, B + (R - B A) C A^T (A C A^T)^+, where C is known.
+    Where only errors were counted, `refit_b` makes B anew after a second pass over the inputs.
 
     Raises ValueError where a factor is not finite in `dtype`.
     """
     b_norms, a_norms = factors.lora_b.norm(dim=0), factors.lora_a.norm(dim=1)
     # A direction that R does not have leaves nothing to scale.
     scale = torch.where((b_norms > 0) & (a_norms > 0), (b_norms / a_norms).sqrt(), 1.0)
-    lora_a, lora_b = (factors.lora_a * scale.unsqueeze(1)).to(dtype), factors.lora_b / scale
+    balanced = Factors(lora_b=factors.lora_b / scale, lora_a=(factors.lora_a * scale.unsqueeze(1)).to(dtype))
     if isinstance(moments, InputMoments):
-        lora_b = least_squares_b(lora_b, lora_a, residual, moments.matrix)
-    cast = Factors(lora_b=lora_b.to(dtype), lora_a=lora_a)
-    if not (cast.lora_b.isfinite().all() and cast.lora_a.isfinite().all()):
+        return refit_b(balanced, RefitMoments.of(residual, balanced.lora_a, moments.matrix))
+    return _checked(balanced.lora_b.to(dtype), balanced.lora_a)
+
+
+def refit_b(factors: Factors, moments: RefitMoments) -> Factors:
+    """B + (S - B M) M^+ in the dtype of A, with S = R C A^T and M = A C A^T: the best B for this A.
+
+    Where the inputs say nothing, B stays as it is. Raises ValueError where it is not finite in that dtype.
+    """
+    lora_b = factors.lora_b.double()
+    # A direction of A that hardly any input has would be fitted to the rounding of its moments.
+    inverse: torch.Tensor = torch.linalg.pinv(moments.inner, hermitian=True, rtol=1e-10)
+    refit = lora_b + (moments.cross - lora_b @ moments.inner) @ inverse
+    return _checked(refit.to(factors.lora_a.dtype), factors.lora_a)
+
+
+def _checked(lora_b: torch.Tensor, lora_a: torch.Tensor) -> Factors:
+    if not (lora_b.isfinite().all() and lora_a.isfinite().all()):
         raise ValueError(
-            f"the compensation does not fit the range of {str(dtype).removeprefix('torch.')}: choose bfloat16 or "
-            "float32, or look for weights that are not finite"
+            f"the compensation does not fit the range of {str(lora_a.dtype).removeprefix('torch.')}: choose bfloat16 "
+            "or float32, or look for weights that are not finite"
         )
-    return cast
-
-
-def least_squares_b(
-    lora_b: torch.Tensor, lora_a: torch.Tensor, residual: torch.Tensor, covariance: torch.Tensor
-) -> torch.Tensor:
-    """B + (R - B A) C A^T (A C A^T)^+ in fp64: the best B for this A, and `lora_b` where inputs say nothing."""
-    a = lora_a.double()
-    seen = covariance @ a.T
-    remainder = residual.double() - lora_b.double() @ a
-    inverse: torch.Tensor = torch.linalg.pinv(a @ seen, hermitian=True, rtol=1e-10)
-    return lora_b.double() + remainder @ seen @ inverse
+    return Factors(lora_b=lora_b, lora_a=lora_a)
 
 
 def remaining_error(residual: torch.Tensor, factors: Factors, covariance: torch.Tensor) -> float:
@@ -126,13 +130,11 @@ def remaining_error(residual: torch.Tensor, factors: Factors, covariance: torch.
     return float(((remainder @ covariance) * remainder).sum())
 
 
-def error_left(residual: torch.Tensor, moments: Moments, factors: Factors) -> float:
-    """E ||(R - B A) x||^2; where only G is known, for the A that is best for B."""
-    if isinstance(moments, InputMoments):
-        return remaining_error(residual, factors, moments.matrix)
-    gram = moments.error_gram(residual)
-    basis = torch.linalg.qr(factors.lora_b.double())[0]
-    return float(gram.trace() - (basis.T @ gram @ basis).trace())
+def error_left(total_error: float, factors: Factors, moments: RefitMoments) -> float:
+    """E ||(R - B A) x||^2 = E ||R x||^2 - 2 <B, S> + <B M, B>, with S and M as in `refit_b`."""
+    lora_b = factors.lora_b.double()
+    left = total_error - 2 * (lora_b * moments.cross).sum() + ((lora_b @ moments.inner) * lora_b).sum()
+    return max(0.0, float(left))
 
 
 def solve(
@@ -167,6 +169,6 @@ def solve(
     if method == "fisher" and isinstance(moments, InputMoments):
         # Weights of rows change which A is best, but for a given A each row of B is a least-squares problem of its own.
         lora_a = torch.nn.functional.normalize(factors.lora_a)
-        start = residual.new_zeros(len(residual), len(lora_a), dtype=torch.float64)
-        factors = Factors(lora_b=least_squares_b(start, lora_a, residual, moments.matrix), lora_a=lora_a)
+        start = Factors(lora_b=residual.new_zeros(len(residual), len(lora_a), dtype=torch.float64), lora_a=lora_a)
+        factors = refit_b(start, RefitMoments.of(residual, lora_a, moments.matrix))
     return cast_factors(factors, residual, used, dtype)

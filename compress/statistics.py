@@ -79,6 +79,45 @@ class ErrorMoments:
         return _mean(self._sum, self.num_tokens)
 
 
+class RefitMoments:
+    """What says which B is best for a given A [r, n]: mean (R x)(A x)^T, [m, r], and mean (A x)(A x)^T, [r, r]."""
+
+    def __init__(self, residual: torch.Tensor, lora_a: torch.Tensor) -> None:
+        self._residual, self._lora_a = residual.float(), lora_a.float()
+        rank, options = len(lora_a), {"dtype": torch.float64, "device": residual.device}
+        self._cross = torch.zeros(len(residual), rank, **options)
+        self._inner = torch.zeros(rank, rank, **options)
+        self.num_tokens = 0
+
+    @classmethod
+    def of(cls, residual: torch.Tensor, lora_a: torch.Tensor, covariance: torch.Tensor) -> Self:
+        """From C [n, n], where it is known: R C A^T and A C A^T."""
+        moments = cls(residual, lora_a)
+        seen = covariance @ lora_a.double().T
+        moments._cross += residual.double() @ seen
+        moments._inner += lora_a.double() @ seen
+        moments.num_tokens = 1
+        return moments
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Takes in real tokens [..., n]; padding has to be left out."""
+        tokens = inputs.detach().flatten(0, -2).float()
+        reduced = tokens @ self._lora_a.T
+        self._cross += ((tokens @ self._residual.T).T @ reduced).double()
+        self._inner += (reduced.T @ reduced).double()
+        self.num_tokens += len(tokens)
+
+    @property
+    def cross(self) -> torch.Tensor:
+        """Mean (R x)(A x)^T. Raises ValueError before the first token."""
+        return _mean(self._cross, self.num_tokens)
+
+    @property
+    def inner(self) -> torch.Tensor:
+        """Mean (A x)(A x)^T. Raises ValueError before the first token."""
+        return _mean(self._inner, self.num_tokens)
+
+
 def input_moments_are_cheaper(width: int, heights: Sequence[int]) -> bool:
     """Whether C costs fewer operations a token than every layer's own G: n^2 against the sum of m n + m^2."""
     return width * width <= sum(height * (width + height) for height in heights)

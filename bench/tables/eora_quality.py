@@ -2,63 +2,99 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from bench.eora_candidates import EORA, METHODS, Candidate, candidates, measure
 from bench.prose import language_reference, library_docstrings
-from bench.quantisers import Quantiser, RoundToNearest, TwoOfFour, num_block_weights, quantised
+from bench.quantisers import NormalFloat, Quantiser, TwoOfFour, num_block_weights, quantised
 from bench.record import Check, Row
 from bench.session import Session
 from bench.synthetic import num_threads
-from bench.table import Column, Outcome, Table
-from longshadow.compress.blocks import compensated
+from bench.table import Column, Outcome, Table, Target
+from longshadow.compress.blocks import compensated, decoder_blocks, linear_layers
 from longshadow.compress.calibration import Splits, split_blocks
-from longshadow.compress.evaluation import mean_and_interval, quality
-from longshadow.compress.pipeline import Compensation, compensate
-from longshadow.compress.solver import Method
+from longshadow.compress.evaluation import (
+    Quality,
+    log_probabilities,
+    mean_and_interval,
+    own_quality,
+    quality_against,
+)
+from longshadow.compress.pipeline import compensate
+from longshadow.compress.rounding import RoundToNearest, finest_rounding
 from longshadow.models import load_model
 
 NONE = "none"
 CHECK_TOLERANCE = 1e-3
 PARAGRAPHS_OF_A_DOCUMENT = 20
+ADAPTER_DTYPE = torch.bfloat16
+ROUNDINGS = ((3, 64), (3, 32), (2, 32))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`rounding` are pairs of bits and group; `alone` are quantised but not compensated, to compare bytes with."""
+    """`roundings` are pairs of bits and group. A sample of calibration has `length` tokens, of others `judged`."""
 
-    rounding: tuple[tuple[int, int], ...] = ((3, 64), (3, 32), (2, 32))
+    roundings: tuple[tuple[int, int], ...] = ROUNDINGS
+    normal_float: bool = True
     pruned: bool = True
-    alone: tuple[tuple[int, int], ...] = ((4, 64), (3, 16), (2, 16))
     ranks: tuple[int, ...] = (16, 32, 64)
-    methods: tuple[Method, ...] = ("eora", "diagonal", "svd")
+    methods: tuple[str, ...] = METHODS
     length: int = 512
     samples: int = 48
-    report_samples: int = 12
+    judged: int = 256
+    judged_samples: int = 16
     threads: int = 2
 
 
+@dataclass(eq=False, kw_only=True)
+class Judges:
+    """Texts that nothing was calibrated on, and what the original says of them."""
+
+    selection: torch.Tensor
+    report: torch.Tensor
+    of_selection: list[torch.Tensor]
+    of_report: list[torch.Tensor]
+
+    def judge(self, model: nn.Module) -> tuple[Quality, Quality]:
+        """On the text for choosing, and on that for the report."""
+        return (
+            quality_against(self.of_selection, model, self.selection),
+            quality_against(self.of_report, model, self.report),
+        )
+
+
 def run(config: Config, session: Session) -> Outcome:
-    """Each quantiser alone, then compensated by every method and rank."""
+    """Each quantiser alone, then compensated by every method and rank; what its bytes buy as bits beside it."""
     with num_threads(config.threads):
         session.progress("loading")
-        loaded = load_model("demo", dtype=torch.float32, device=session.device)
-        splits = text_blocks(loaded.tokenizer, config, session.device)
-        check = check_full_rank(loaded.model, splits.calibration[:1])
-        rows: list[Row] = []
-        original = quality(loaded.model, loaded.model, splits.report)
-        rows.append({"quantiser": "none", "method": NONE, "perplexity": original.perplexity})
-        quantisers: list[Quantiser] = [RoundToNearest(bits=bits, group=group) for bits, group in config.rounding]
-        quantisers += [TwoOfFour()] if config.pruned else []
-        for quantiser in quantisers:
-            rows += of_quantiser(loaded.model, quantiser, splits, config, session)
-        for bits, group in config.alone:
-            alone = RoundToNearest(bits=bits, group=group)
-            rows.append(_alone(loaded.model, alone, splits, session)[0])
+        model = load_model("demo", dtype=torch.float32, device=session.device)
+        splits = text_blocks(model.tokenizer, config, session.device)
+        check = check_full_rank(model.model, splits.calibration[:1])
+        judges = judges_of(model.model, splits, config)
+        original = own_quality(judges.of_report, judges.report)
+        rows: list[Row] = [{"quantiser": NONE, "method": NONE, "perplexity": original.perplexity}]
+        for quantiser in quantisers_of(config):
+            session.progress(quantiser.name)
+            unit = session.unit(
+                quantiser.name, partial(_measure_quantiser, model.model, quantiser, splits, judges, config, session)
+            )
+            rows += _rows(model.model, quantiser, unit["candidates"], judges, session)
     return Outcome(rows=rows, check=check)
+
+
+def quantisers_of(config: Config) -> list[Quantiser]:
+    """Those of the configuration."""
+    quantisers: list[Quantiser] = [RoundToNearest(bits=bits, group=group) for bits, group in config.roundings]
+    quantisers += [NormalFloat()] if config.normal_float else []
+    quantisers += [TwoOfFour()] if config.pruned else []
+    return quantisers
 
 
 def text_blocks(tokenizer: Any, config: Config, device: str) -> Splits:
@@ -68,76 +104,103 @@ def text_blocks(tokenizer: Any, config: Config, device: str) -> Splits:
         "\n\n".join(paragraphs[start : start + PARAGRAPHS_OF_A_DOCUMENT])
         for start in range(0, len(paragraphs), PARAGRAPHS_OF_A_DOCUMENT)
     ]
-    blocks = split_blocks(tokenizer, documents, length=config.length, samples=config.samples)
-    return Splits(
-        calibration=blocks.calibration.to(device),
-        selection=blocks.selection.to(device),
-        report=blocks.report[: config.report_samples].to(device),
+    return split_blocks(tokenizer, documents, length=config.length, samples=config.samples).to(device)
+
+
+@torch.no_grad()
+def judges_of(model: nn.Module, splits: Splits, config: Config) -> Judges:
+    """Blocks of the judging parts, cut shorter, so that there are more of them to compare."""
+    selection, report = (
+        part.view(-1, config.judged)[: config.judged_samples] for part in (splits.selection, splits.report)
+    )
+    return Judges(
+        selection=selection,
+        report=report,
+        of_selection=[log_probabilities(model, sample) for sample in selection],
+        of_report=[log_probabilities(model, sample) for sample in report],
     )
 
 
-def of_quantiser(model: nn.Module, quantiser: Quantiser, splits: Splits, config: Config, session: Session) -> list[Row]:
-    """The quantiser alone, and its compensations; each is a unit that an interrupted run does not repeat."""
-    alone, divergences = _alone(model, quantiser, splits, session)
-    rows = [alone]
+def _measure_quantiser(
+    model: nn.Module, quantiser: Quantiser, splits: Splits, judges: Judges, config: Config, session: Session
+) -> dict[str, Any]:
+    smaller = quantised(model, quantiser)
+    found = [_judged(NONE, 0, {}, smaller, judges)]
+    measured = measure(model, smaller, splits.calibration)
     for method in config.methods:
-        for rank in config.ranks:
-            key = f"{quantiser.name}, {method}, {rank}"
-            session.progress(key)
-            unit = session.unit(key, lambda m=method, r=rank: _compensated(model, quantiser, splits, m, r))
-            removed = [old - new for old, new in zip(divergences, unit["divergences"], strict=True)]
+        session.progress(f"{quantiser.name}, {method}")
+        for rank, candidate in candidates(measured, method, config.ranks, ADAPTER_DTYPE).items():
+            found.append(_judged(method, rank, candidate, smaller, judges))
+    return {"candidates": found}
+
+
+def _judged(method: str, rank: int, candidate: Candidate, smaller: nn.Module, judges: Judges) -> dict[str, Any]:
+    with compensated(_hooks(smaller, candidate)):
+        selection, report = judges.judge(smaller)
+    return {
+        "method": method,
+        "rank": rank,
+        "num_weights": sum(pair.lora_a.numel() + pair.lora_b.numel() for pair in candidate.values()),
+        "selection": selection.mean_divergence,
+        "divergences": list(report.divergence),
+        "perplexity": report.perplexity,
+    }
+
+
+def _rows(
+    model: nn.Module, quantiser: Quantiser, found: list[dict[str, Any]], judges: Judges, session: Session
+) -> list[Row]:
+    alone = _mean(found[0]["divergences"])
+    eora = {it["rank"]: it["divergences"] for it in found if it["method"] == EORA}
+    rows: list[Row] = []
+    for it in found:
+        bits = quantiser.bits_per_weight + 8 * ADAPTER_DTYPE.itemsize * it["num_weights"] / num_block_weights(model)
+        row: Row = {
+            "quantiser": quantiser.name,
+            "method": it["method"],
+            "bits": bits,
+            "perplexity": it["perplexity"],
+            "divergence": _mean(it["divergences"]),
+            "selection": it["selection"],
+        }
+        if it["method"] != NONE:
+            removed = [old - new for old, new in zip(found[0]["divergences"], it["divergences"], strict=True)]
             mean, low, high = mean_and_interval(removed)
-            before = sum(divergences) / len(divergences)
-            rows.append(
-                {
-                    "quantiser": quantiser.name,
-                    "method": method,
-                    "rank": rank,
-                    "bits": quantiser.bits_per_weight + 16 * unit["num_weights"] / num_block_weights(model),
-                    "perplexity": unit["perplexity"],
-                    "divergence": before - mean,
-                    "recovered": mean / before,
-                    "low": low / before,
-                    "high": high / before,
-                }
-            )
+            row |= {"rank": it["rank"], "recovered": mean / alone, "low": low / alone, "high": high / alone}
+            row["bits_instead"] = _of_bits(model, bits, judges, session)
+        if it["method"] not in (NONE, EORA) and it["rank"] in eora:
+            behind = [new - old for old, new in zip(eora[it["rank"]], it["divergences"], strict=True)]
+            mean, low, high = mean_and_interval(behind)
+            row |= {"behind": mean, "behind_low": low, "behind_high": high}
+        rows.append({key: value for key, value in row.items() if value is not None})
     return rows
 
 
-def _alone(model: nn.Module, quantiser: Quantiser, splits: Splits, session: Session) -> tuple[Row, list[float]]:
-    def measure() -> dict[str, Any]:
-        found = quality(model, quantised(model, quantiser), splits.report)
-        return {"perplexity": found.perplexity, "divergences": list(found.divergence)}
-
-    session.progress(f"{quantiser.name}, alone")
-    unit = session.unit(f"{quantiser.name}, alone", measure)
-    divergences = cast("list[float]", unit["divergences"])
-    row: Row = {
-        "quantiser": quantiser.name,
-        "method": NONE,
-        "bits": quantiser.bits_per_weight,
-        "perplexity": unit["perplexity"],
-        "divergence": sum(divergences) / len(divergences),
+def _of_bits(model: nn.Module, bits: float, judges: Judges, session: Session) -> float | None:
+    """The divergence that rounding to nearest leaves with at most so many bits per weight."""
+    widths = {
+        layer.get_parameter("weight").shape[1]
+        for block in decoder_blocks(model)
+        for layer in linear_layers(block).values()
     }
-    return row, divergences
+    rounding = finest_rounding(bits, widths)
+    if rounding is None:
+        return None
+
+    def divergence() -> dict[str, float]:
+        found = quality_against(judges.of_report, quantised(model, rounding), judges.report)
+        return {"divergence": found.mean_divergence}
+
+    return float(session.unit(f"{rounding.name}, alone", divergence)["divergence"])
 
 
-def _compensated(model: nn.Module, quantiser: Quantiser, splits: Splits, method: Method, rank: int) -> dict[str, Any]:
-    smaller = quantised(model, quantiser)
-    result = compensate(model, smaller, splits.calibration, rank=rank, method=method)
-    with compensated(_hooks(smaller, result)):
-        found = quality(model, smaller, splits.report)
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _hooks(model: nn.Module, candidate: Candidate) -> dict[str, tuple[nn.Module, torch.Tensor, torch.Tensor]]:
     return {
-        "perplexity": found.perplexity,
-        "divergences": list(found.divergence),
-        "num_weights": result.num_weights,
-    }
-
-
-def _hooks(model: nn.Module, result: Compensation) -> dict[str, tuple[nn.Module, torch.Tensor, torch.Tensor]]:
-    return {
-        name: (model.get_submodule(name), pair.lora_b.float(), pair.lora_a.float())
-        for name, pair in result.factors.items()
+        name: (model.get_submodule(name), pair.lora_b.float(), pair.lora_a.float()) for name, pair in candidate.items()
     }
 
 
@@ -145,7 +208,7 @@ def check_full_rank(model: nn.Module, samples: torch.Tensor) -> Check:
     """Compensated at full rank, a 2-bit model must give the original's logits."""
     smaller = quantised(model, RoundToNearest(bits=2, group=32))
     result = compensate(model, smaller, samples, rank=10**6, dtype=torch.float32)
-    with torch.no_grad(), compensated(_hooks(smaller, result)):
+    with torch.no_grad(), compensated(_hooks(smaller, result.factors)):
         actual, expected = smaller(samples).logits, model(samples).logits
     error = float((actual - expected).abs().max() / expected.abs().max())
     return Check(
@@ -158,19 +221,47 @@ def check_full_rank(model: nn.Module, samples: torch.Tensor) -> Check:
 
 def _quick(config: Config) -> Config:
     return replace(
-        config, rounding=((3, 64),), pruned=False, alone=(), ranks=(16,), methods=("eora", "svd"), samples=6, length=256
+        config,
+        roundings=((2, 32),),
+        normal_float=False,
+        pruned=False,
+        ranks=(16,),
+        methods=(EORA, *cast("tuple[str, ...]", METHODS[2:4])),
+        samples=4,
+        length=128,
+        judged=128,
+        judged_samples=2,
     )
+
+
+def _targets() -> list[Target]:
+    """EoRA at rank 32 leaves no more than another method's interval says of it, on each quantiser."""
+    return [
+        Target(
+            text=f"{quantiser.name}, rank {rank}: EoRA no worse than {method}",
+            row={"quantiser": quantiser.name, "method": method, "rank": rank},
+            column="behind_high",
+            at_least=0.0,
+        )
+        for quantiser in quantisers_of(Config())
+        for rank in Config().ranks
+        for method in METHODS
+        if method != EORA
+    ]
 
 
 TABLE: Table = Table(
     name="eora_quality",
     title="What compensation wins back",
-    about="SmolLM2-135M-Instruct (real weights, which come from a 4-bit grid of groups of 32; that grid is left out), "
-    "linear layers of all blocks rounded to nearest or pruned, compensated with bf16 factors calibrated on Python's "
-    "documentation, block after compensated block; divergence (KL of the next token from the original's) and "
-    "perplexity on documents that were not calibrated on, with the 95 % interval of what is recovered, resampled over "
-    "samples. Bits per weight count scales and the adapter's factors; quantisers alone stand beside for what the same "
-    "bits buy without an adapter.",
+    about="SmolLM2-135M-Instruct. Its weights come from a 4-bit grid of groups of 32, so that grid is left out. Linear "
+    "layers of all blocks rounded to nearest, to NF4, or pruned, compensated with bf16 factors calibrated on Python's "
+    "documentation, on the inputs that the quantised blocks give: one set of moments for all methods, but for "
+    "GPTQModel's arithmetic, which weighs later samples more. Divergence (KL of the next token from the original's, in "
+    "nats) and perplexity on documents that were not calibrated on; recovered: the share of the quantised model's "
+    "divergence that is gone, with its 95 % interval, resampled over samples; behind EoRA: how much more divergence "
+    "than EoRA's at the same rank is left, likewise; for choosing: divergence on a third part of the documents. Bits "
+    "per weight count scales and the factors; as bits: the divergence of rounding the original to nearest with at most "
+    "as many bits per weight and no adapter.",
     configs={"cpu": Config(), "cuda": Config()},
     quick=_quick,
     columns=(
@@ -178,12 +269,17 @@ TABLE: Table = Table(
         Column(key="method", heading="method"),
         Column(key="rank", heading="rank", unit="count"),
         Column(key="bits", heading="bits per weight"),
-        Column(key="perplexity", heading="perplexity", digits=3),
+        Column(key="perplexity", heading="perplexity", digits=2),
         Column(key="divergence", heading="divergence", digits=4),
         Column(key="recovered", heading="recovered", unit="%"),
         Column(key="low", heading="from", unit="%"),
         Column(key="high", heading="to", unit="%"),
+        Column(key="behind", heading="behind EoRA", digits=4),
+        Column(key="behind_low", heading="from", digits=4),
+        Column(key="behind_high", heading="to", digits=4),
+        Column(key="selection", heading="for choosing", digits=4),
+        Column(key="bits_instead", heading="as bits", digits=4),
     ),
-    targets=(),
+    targets=tuple(_targets()),
     run=run,
 )

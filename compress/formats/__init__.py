@@ -1,6 +1,6 @@
 """What a quantised layer's weight is, whatever its format."""
 
-from longshadow.compress.formats.dense import weight_of
 from longshadow.compress.formats.probe import probed_weight
+from longshadow.compress.formats.registry import format_of, weight_of
 
-__all__ = ["probed_weight", "weight_of"]
+__all__ = ["format_of", "probed_weight", "weight_of"]

@@ -1,16 +1,20 @@
-"""Layers that keep an ordinary weight: fake-quantised, pruned, or never quantised."""
+"""Layers that keep an ordinary weight: fake-quantised, pruned, unpacked when they were loaded, or never quantised."""
 
 import torch
 from torch import nn
 
-from longshadow.compress.formats.probe import probed_weight
+# A weight of eight bits has its scales elsewhere.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def name_of(layer: nn.Module) -> str | None:
+    """ "dense" for a plain layer with a plain weight; libraries hide others in subclasses of either."""
+    if type(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, torch.Tensor):
+        return None
+    return "dense" if layer.weight.dtype in DTYPES else None
 
 
 def weight_of(layer: nn.Module) -> torch.Tensor:
-    """The weight [m, n] that a linear layer multiplies by, in fp32.
-
-    Ordinary layers are read, others probed. Raises ValueError for layers that are not linear.
-    """
-    if type(layer) is nn.Linear and layer.weight.is_floating_point():
-        return layer.weight.detach().float()
-    return probed_weight(layer)
+    """The weight [m, n] itself, in fp32."""
+    assert isinstance(layer.weight, torch.Tensor)
+    return layer.weight.detach().float()

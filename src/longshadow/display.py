@@ -89,7 +89,7 @@ class LayerBar:
 
     def __init__(self, description: str) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         console = Console(stderr=True)
         self._progress = Progress(
@@ -97,6 +97,7 @@ class LayerBar:
             BarColumn(),
             TextColumn("layer {task.completed}/{task.total}"),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -112,9 +113,9 @@ class LayerBar:
     ) -> None:
         self.stop()
 
-    def update(self, num_done: int, num_layers: int) -> None:
-        """Shows how many layers are done."""
-        self._progress.update(self._task, completed=num_done, total=num_layers)
+    def update(self, num_done: int, num_layers: int, description: str | None = None) -> None:
+        """Shows how many layers are done, and of what, if that has changed."""
+        self._progress.update(self._task, completed=num_done, total=num_layers, description=description)
 
     def stop(self) -> None:
         """Takes the bar away; harmless when it is gone already."""

@@ -5,16 +5,19 @@ import re
 from base64 import urlsafe_b64decode
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from longshadow.env import cache_folder
 from longshadow.gguf_files import converted_folder, load_gguf, sha256
@@ -39,7 +42,13 @@ class LoadedModel:
     max_positions: int | None
 
 
-def load_model(name: str, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> LoadedModel:
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    max_memory: int | None = None,
+) -> LoadedModel:
     """Loads a model and its tokenizer.
 
     Args:
@@ -48,6 +57,8 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, device: torch.dev
         dtype: default: fp32 on a CPU, where it is fastest. On an accelerator the stored dtype; bf16 for
             weights that come from GGUF blocks, which have none.
         device: default: `cuda` where there is one, otherwise `cpu`.
+        max_memory: bytes for its weights; those beyond stay on disk, and are read whenever they are needed. A GGUF
+            file is always read whole.
 
     Raises:
         ValueError: in one line, why the model cannot be loaded and what to do.
@@ -56,7 +67,7 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, device: torch.dev
     path = Path(name).expanduser()
     if name == DEMO_NAME:
         folder = demo_folder()
-        model, tokenizer = _load_pretrained(str(folder), dtype or _unpacked_dtype(place), place)
+        model, tokenizer = _load_pretrained(str(folder), dtype or _unpacked_dtype(place), place, max_memory)
     elif path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ValueError(f"there is no file {name}")
@@ -64,8 +75,43 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, device: torch.dev
     else:
         _check_name(name, path)
         stored = torch.float32 if place.type == "cpu" else "auto"
-        model, tokenizer = _load_pretrained(str(path) if path.is_dir() else name, dtype or stored, place)
+        model, tokenizer = _load_pretrained(str(path) if path.is_dir() else name, dtype or stored, place, max_memory)
     return LoadedModel(name=name, model=model, tokenizer=tokenizer, max_positions=max_positions(model.config))
+
+
+def empty_model(name: str) -> PreTrainedModel:
+    """The model as it would be loaded, on the meta device: shapes without weights.
+
+    Raises:
+        ValueError: in one line, why its configuration cannot be read.
+    """
+    path = Path(name).expanduser()
+    try:
+        if path.suffix.lower() == ".gguf":
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        else:
+            config = AutoConfig.from_pretrained(demo_folder() if name == DEMO_NAME else str(path))
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    # As below: reading a configuration runs code of many libraries.
+    except Exception as error:
+        raise ValueError(_loading_message(name, error)) from error
+    return model
+
+
+def model_files(name: str) -> list[Path]:
+    """Files with weights of a model that lies on this machine; of one on the hub, what has been downloaded."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [path]
+    if name == DEMO_NAME:
+        path = demo_folder()
+    elif not path.is_dir():
+        config = cached_file(name, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        if config is None:
+            return []
+        path = Path(config).parent
+    return sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".gguf"))
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:
@@ -135,13 +181,16 @@ def _check_name(name: str, path: Path) -> None:
 
 
 def _load_pretrained(
-    source: str, dtype: torch.dtype | str, device: torch.device
+    source: str, dtype: torch.dtype | str, device: torch.device, max_memory: int | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    place: dict[str, Any] = {"device_map": None if device.type == "cpu" else device}
+    if max_memory is not None:
+        rest = {} if device.type == "cpu" else {"cpu": 0}
+        limits = {"cpu" if device.type == "cpu" else device.index or 0: max_memory, **rest}
+        place = {"device_map": "auto", "max_memory": limits, "offload_folder": mkdtemp(prefix="longshadow-")}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, device_map=None if device.type == "cpu" else device, output_loading_info=True
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **place)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     # Loading runs code of many libraries, which raise many kinds of errors for a damaged file.

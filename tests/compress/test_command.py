@@ -1,7 +1,9 @@
 """`longshadow compensate` from end to end on a tiny model, and one line for each mistake."""
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from longshadow.cli import app
 from longshadow.compress.evaluation import mean_and_interval, quality
+from longshadow.compress.shards import Shards
 from tests.compress.test_pipeline import round_to_nearest
 from tests.tiny_models import tiny_model, tiny_tokenizer, write_folder
 
@@ -47,23 +50,116 @@ def test_an_adapter_and_a_report(models: tuple[Path, Path], tmp_path: Path) -> N
     assert quality(tiny_model(), loaded, samples).mean_divergence < plain
 
 
+def test_files_for_people(models: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    output = tmp_path / "adapter"
+    assert run(*models, output, "--rank", "8").exit_code == 0
+    assert (output / "error_per_layer.png").read_bytes().startswith(b"\x89PNG")
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "data:image/png;base64," in page and "model.layers.1.mlp.down_proj" in page
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert "library_name: peft" in card and "--max-lora-rank 8" in card
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_without_matplotlib_the_plot_alone_is_missing(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run(*models, tmp_path / "adapter", "--rank", "4").exit_code == 0
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert "report.html" in names and "error_per_layer.png" not in names
+    assert "<img" not in (tmp_path / "adapter" / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_best_method_is_chosen_on_text_set_aside(models: tuple[Path, Path], tmp_path: Path) -> None:
+    result = run(*models, tmp_path / "adapter", "--rank", "8", "--method", "best", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["selection"].keys() == {"eora", "diagonal", "svd", "fisher"}
+    assert report["method"] == min(report["selection"], key=report["selection"].__getitem__)
+    single = run(*models, tmp_path / "single", "--rank", "8", "--method", report["method"], "--json")
+    assert json.loads(single.stdout)["layers"] == report["layers"]
+
+
+def test_an_original_on_disk(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """Where memory does not hold both models; the factors are the same."""
+    whole = run(*models, tmp_path / "whole", "--rank", "8", "--json")
+    needed = json.loads(run(*models, tmp_path / "dry", "--dry-run", "--json", "--max-memory", "1GB").stdout)
+    assert not needed["original_on_disk"]
+    limit = needed["memory"] - needed["original"] // 3
+    plan = run(*models, tmp_path / "dry", "--dry-run", "--json", "--max-memory", str(limit))
+    assert json.loads(plan.stdout)["original_on_disk"], plan.stderr
+    result = run(*models, tmp_path / "disk", "--rank", "8", "--max-memory", str(limit), "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["layers"] == json.loads(whole.stdout)["layers"]
+    assert not (tmp_path / "dry").exists()
+
+
+def test_a_run_that_was_stopped_goes_on(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(*models, tmp_path / "whole", "--rank", "8", "--json")
+    saved = Shards.save
+
+    def stop(self: Shards, *given: Any) -> None:
+        saved(self, *given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Shards, "save", stop)
+    stopped = run(*models, tmp_path / "adapter", "--rank", "8")
+    assert stopped.exit_code == 130 and "interrupted" in stopped.stderr
+    monkeypatch.setattr(Shards, "save", saved)
+    other = run(*models, tmp_path / "adapter", "--rank", "16")
+    assert other.exit_code == 2 and "an unfinished run" in other.stderr
+    again = run(*models, tmp_path / "adapter", "--rank", "8", "--json")
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout) == json.loads(whole.stdout)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "adapter" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_dry_run_writes_nothing(models: tuple[Path, Path], tmp_path: Path) -> None:
+    result = run(*models, tmp_path / "adapter", "--dry-run")
+    assert result.exit_code == 0 and "memory in all" in result.stdout, result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_data_set_in_place_of_a_file(models: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="needs the extra train")
+    (tmp_path / "texts").mkdir()
+    lines = [json.dumps({"text": f"{number} tall ships and a star to steer them by. " * 20}) for number in range(20)]
+    (tmp_path / "texts" / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    result = run(*models, tmp_path / "adapter", "--rank", "4", "--calibration", f"hf:{tmp_path / 'texts'}")
+    assert result.exit_code == 0, result.stderr
+    missing = run(*models, tmp_path / "other", "--calibration", f"hf:{tmp_path / 'nowhere'}")
+    assert missing.exit_code == 2 and "cannot read the data set" in missing.stderr
+
+
 def test_the_table(models: tuple[Path, Path], tmp_path: Path) -> None:
     result = run(*models, tmp_path / "adapter", "--budget-mb", "0.02")
     assert result.exit_code == 0, result.stderr
-    assert "down_proj" in result.stdout and "of the divergence removed" in result.stdout
+    shown = " ".join(result.stdout.split())
+    assert "down_proj" in shown and "The adapter removes" in shown and "report.html" in shown
 
 
 def test_mistakes(models: tuple[Path, Path], tmp_path: Path) -> None:
     original, quantized = models
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}", encoding="utf-8")
     cases = [
         (run(original, quantized, tmp_path / "full"), "holds something already"),
         (run(original, quantized, tmp_path / "a", "--rank", "0"), "--rank must be at least 1"),
         (run(original, quantized, tmp_path / "a", "--rank", "8", "--budget-mb", "1"), "not both"),
+        (run(original, quantized, tmp_path / "a", "--max-memory", "10kB"), "are allowed"),
+        (run(original, quantized, tmp_path / "a", "--max-memory", "much"), "looks like 8GB"),
+        (run(original, quantized, tmp_path / "a", "--quantize", "int9:g1"), "--quantize takes"),
+        (run(tmp_path / "lora", quantized, tmp_path / "a"), "is a LoRA adapter"),
         (run(original, quantized, tmp_path / "a", "--budget-mb", "0.0001"), "too small"),
         (run(original, quantized, tmp_path / "a", "--calibration", "nowhere.txt"), "cannot read"),
-        (run(original, quantized, tmp_path / "a", "--sequence-length", "10000000"), "fewer than one sample"),
+        (run(original, quantized, tmp_path / "a", "--sequence-length", "100000"), "fewer than one sample"),
         (run(original, original, tmp_path / "a"), "nothing to compensate"),
         (run(original, tmp_path / "missing", tmp_path / "a"), "missing"),
     ]
@@ -71,7 +167,7 @@ def test_mistakes(models: tuple[Path, Path], tmp_path: Path) -> None:
         assert result.exit_code == 2 and result.stdout == "", result.stdout
         [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert message in line
-    assert not (tmp_path / "a").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"full", "lora"}
 
 
 def test_intervals() -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from longshadow import compensate
-from longshadow.compress.adapter import save_adapter
+from longshadow.compress.adapters.files import save_adapter
 from longshadow.compress.blocks import decoder_blocks, linear_layers
-from tests.tiny_models import tiny_model, tiny_tokenizer
+from tests.tiny_models import tiny_model
 
 
 def round_to_nearest(model: nn.Module, *, bits: int = 2, group: int = 16) -> nn.Module:
@@ -25,12 +25,6 @@ def round_to_nearest(model: nn.Module, *, bits: int = 2, group: int = 16) -> nn.
             step = (groups.amax(2, keepdim=True) - lowest) / (2**bits - 1)
             weight.data = ((groups - lowest) / step).round().mul(step).add(lowest).view_as(weight)
     return rounded
-
-
-@pytest.fixture(scope="module")
-def samples() -> torch.Tensor:
-    tokens = tiny_tokenizer()("A tall ship and a star to steer her by. " * 40)["input_ids"]
-    return torch.tensor(tokens[: 8 * 64]).view(8, 64)
 
 
 def divergence(original: nn.Module, other: nn.Module, samples: torch.Tensor) -> float:
@@ -47,7 +41,7 @@ def with_factors(model: nn.Module, factors: dict[str, Any]) -> nn.Module:
     return merged
 
 
-@pytest.mark.parametrize("propagate", ["sequential", "quantized"])
+@pytest.mark.parametrize("propagate", ["sequential", "quantized", "original"])
 def test_full_rank_is_the_original(samples: torch.Tensor, propagate: Any) -> None:
     original = tiny_model()
     quantized = round_to_nearest(original)
@@ -55,7 +49,7 @@ def test_full_rank_is_the_original(samples: torch.Tensor, propagate: Any) -> Non
     merged = with_factors(quantized, result.factors)
     torch.testing.assert_close(merged(samples).logits, original(samples).logits, rtol=0, atol=1e-4)
     assert len(result.factors) == 2 * 7
-    assert all(layer.after < 1e-9 < layer.before for layer in result.layers.values())
+    assert all(layer.after < 1e-6 < layer.before for layer in result.layers.values())
 
 
 def test_more_ranks_leave_less(samples: torch.Tensor) -> None:
@@ -105,6 +99,29 @@ def test_budgets_are_kept_and_spent(samples: torch.Tensor) -> None:
         compensate(original, quantized, samples, rank=None, budget=10)
 
 
+def test_uniform_ranks_of_a_budget(samples: torch.Tensor) -> None:
+    original = tiny_model()
+    quantized = round_to_nearest(original)
+    cost = compensate(original, quantized, samples, rank=8).num_weights
+    for budget, rank in ((cost, 8), (2 * cost - 1, 8), (2 * cost, 16)):
+        result = compensate(original, quantized, samples, rank=None, budget=budget, uniform=True)
+        assert {layer.rank for layer in result.layers.values()} == {rank}
+    with pytest.raises(ValueError, match="rank 8 for every layer needs"):
+        compensate(original, quantized, samples, rank=None, budget=cost - 1, uniform=True)
+
+
+def test_the_head(samples: torch.Tensor) -> None:
+    original = tiny_model()
+    quantized = round_to_nearest(original)
+    head = quantized.lm_head
+    head.weight = nn.Parameter((head.weight.detach() * 4).round() / 4)
+    without = compensate(original, quantized, samples, rank=64, dtype=torch.float32)
+    result = compensate(original, quantized, samples, rank=64, dtype=torch.float32, head=True)
+    assert result.factors.keys() - without.factors.keys() == {"lm_head"}
+    merged = with_factors(quantized, result.factors)
+    torch.testing.assert_close(merged(samples).logits, original(samples).logits, rtol=0, atol=1e-4)
+
+
 def test_eora_leaves_less_than_other_methods(samples: torch.Tensor) -> None:
     original = tiny_model()
     quantized = round_to_nearest(original)
@@ -119,14 +136,14 @@ def test_eora_leaves_less_than_other_methods(samples: torch.Tensor) -> None:
     }
     assert left["eora"] < left["diagonal"] and left["eora"] < left["svd"]
     with pytest.raises(ValueError, match="method must be"):
-        compensate(original, quantized, samples, method="fisher")
+        compensate(original, quantized, samples, method="guess")
 
 
 def test_what_did_not_change_gets_nothing(samples: torch.Tensor) -> None:
     original = tiny_model()
     quantized = copy.deepcopy(original)
     layer = quantized.get_submodule("model.layers.1.mlp.down_proj")
-    layer.weight.data += 0.1 * torch.randn_like(layer.weight)
+    layer.weight.data += 0.002 * torch.randn_like(layer.weight)
     assert list(compensate(original, quantized, samples, rank=4).factors) == ["model.layers.1.mlp.down_proj"]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from longshadow.compress.formats import probed_weight, weight_of
+from longshadow.compress.formats import format_of, probed_weight, weight_of
 
 
 class PackedLinear(nn.Module):
@@ -43,3 +43,33 @@ def test_what_is_not_linear_is_refused() -> None:
         probed_weight(RoundsActivations(64, 8))
     with pytest.raises(ValueError, match="no in_features"):
         probed_weight(nn.ReLU())
+
+
+class TakesHalf(nn.Module):
+    """Says nothing about the only dtype that it takes."""
+
+    in_features = 300
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = [torch.randn(5, 300, dtype=torch.float16)]
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs @ self.rows[0].T
+
+
+def test_the_dtype_is_found_by_trying() -> None:
+    layer = TakesHalf()
+    assert torch.equal(weight_of(layer), layer.rows[0].float())
+
+
+def test_what_does_not_run_is_refused() -> None:
+    layer = TakesHalf()
+    layer.rows = []
+    with pytest.raises(ValueError, match=r"TakesHalf does not run on cpu, so its weight is unknown \(list index"):
+        probed_weight(layer)
+
+
+def test_names() -> None:
+    assert format_of(nn.Linear(2, 2)) == "dense"
+    assert format_of(PackedLinear(torch.randn(2, 2), torch.randn(2))) == "probed PackedLinear"

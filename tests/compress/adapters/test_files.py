@@ -6,25 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from longshadow.compress.adapter import save_adapter
+from longshadow.compress.adapters.files import adapter_config, save_adapter
 from longshadow.compress.solver import Factors
+from tests.compress.adapters.lora_files import factors_for
 from tests.tiny_models import tiny_model
-
-
-def factors_for(model: nn.Module) -> dict[str, Factors]:
-    """Another rank for each layer."""
-    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    generator = torch.Generator().manual_seed(0)
-
-    def factors(rank: int, module: nn.Linear) -> Factors:
-        return Factors(
-            lora_b=torch.randn(module.out_features, rank, generator=generator),
-            lora_a=torch.randn(rank, module.in_features, generator=generator),
-        )
-
-    return {name: factors(1 + number % 5, module) for number, (name, module) in enumerate(linears) if name != "lm_head"}
 
 
 @torch.no_grad()
@@ -49,6 +35,13 @@ def test_the_configuration_has_a_scale_of_one(tmp_path: Path) -> None:
     assert config["rank_pattern"] == config["alpha_pattern"] == {name: layer.rank for name, layer in layers.items()}
     assert config["r"] == config["lora_alpha"] == 5 and config["init_lora_weights"] is True
     assert config["base_model_name_or_path"] == "some/Model"
+
+
+def test_layers_of_one_rank_need_no_patterns() -> None:
+    layers = factors_for(tiny_model(), ranks=(3,))
+    config = adapter_config(layers, "some/Model")
+    assert config["r"] == config["lora_alpha"] == 3
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
 
 
 def test_nothing_is_overwritten_and_nothing_left_behind(tmp_path: Path) -> None:

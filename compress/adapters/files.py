@@ -1,59 +1,54 @@
 """Compensation as an ordinary LoRA adapter: the two files that PEFT, and what reads its format, load."""
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
 
+from longshadow.compress.adapters.atomic import whole_folder
 from longshadow.compress.solver import Factors
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def save_adapter(
-    folder: Path, layers: Mapping[str, Factors], *, base_model: str, others: Mapping[str, str] | None = None
+    folder: Path, layers: Mapping[str, Factors], *, base_model: str, others: Mapping[str, str | bytes] | None = None
 ) -> None:
     """Writes `adapter_model.safetensors` and `adapter_config.json`, and `others` beside them: all or none.
 
-    Every layer has a scale of 1: its alpha is its rank, in `alpha_pattern` and `rank_pattern`, under its whole name.
-    `init_lora_weights` stays true, since other values ask runtimes to change the base model.
+    Every layer has a scale of 1: its alpha is its rank. Where ranks differ, `alpha_pattern` and `rank_pattern` say so
+    for every layer under its whole name. `init_lora_weights` stays true, since other values ask runtimes to change
+    the base model.
 
     Args:
         folder: must not exist, or be empty.
         layers: by the names of the modules in the base model; layers of rank 0 are left out by the caller.
         base_model: where runtimes find the quantised model: a folder or a hub id.
-        others: texts of more files, by their names.
+        others: contents of more files, by their names.
 
     Raises ValueError where the folder holds something, or there are no layers.
     """
     if not layers:
         raise ValueError("there is no layer to write an adapter for")
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds something already: choose another output folder")
     tensors = {}
     for name, factors in layers.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = factors.lora_a.contiguous().cpu()
         tensors[f"base_model.model.{name}.lora_B.weight"] = factors.lora_b.contiguous().cpu()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # All files appear at once, under the folder's own name.
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        text = json.dumps(adapter_config(layers, base_model), indent=2) + "\n"
-        for name, content in {"adapter_config.json": text, **(others or {})}.items():
-            (partial / name).write_text(content, encoding="utf-8")
-        partial.chmod(0o755)
-        partial.replace(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    text = json.dumps(adapter_config(layers, base_model), indent=2) + "\n"
+    with whole_folder(folder) as partial:
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        for name, content in {CONFIG: text, **(others or {})}.items():
+            (partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def adapter_config(layers: Mapping[str, Factors], base_model: str) -> dict[str, object]:
     """PEFT's configuration of an adapter with these ranks."""
     ranks = {name: factors.rank for name, factors in layers.items()}
     largest = max(ranks.values())
+    # Of one rank, the adapter is right in runtimes that know no patterns, too.
+    patterns = ranks if min(ranks.values()) < largest else {}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -61,8 +56,8 @@ def adapter_config(layers: Mapping[str, Factors], base_model: str) -> dict[str, 
         "inference_mode": True,
         "r": largest,
         "lora_alpha": largest,
-        "rank_pattern": ranks,
-        "alpha_pattern": ranks,
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
         "target_modules": sorted(ranks),
         "lora_dropout": 0.0,
         "bias": "none",

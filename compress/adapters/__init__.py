@@ -1,0 +1,1 @@
+"""LoRA adapters as files: written, read, described, verified, merged, and exported to what other runtimes load."""

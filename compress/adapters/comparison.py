@@ -1,0 +1,94 @@
+"""Whether PEFT makes of an adapter what its factors say: logits of both, on the same base in the same dtype."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from longshadow.compress.adapters.installing import device_of
+from longshadow.compress.adapters.reading import Adapter
+from longshadow.compress.blocks import compensated
+
+NUM_TOKENS = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Differences of logits, each the largest, relative to the largest logit.
+
+    Attributes:
+        difference: between PEFT's and the base's with B A x added by hooks.
+        effect: between the base's with and without B A x.
+        tolerance: that `difference` must not exceed.
+        dtype: of the base.
+    """
+
+    difference: float
+    effect: float
+    tolerance: float
+    dtype: str
+
+    @property
+    def agrees(self) -> bool:
+        """Whether PEFT computes what the factors say."""
+        return self.difference <= self.tolerance
+
+
+def require_peft() -> None:
+    """Raises ValueError where PEFT is not installed."""
+    if find_spec("peft") is None:
+        raise ValueError("comparing with PEFT needs it: pip install 'longshadow[train]'")
+
+
+@torch.no_grad()
+def compare_with_peft(model: Any, adapter: Adapter) -> Comparison:
+    """Runs a few tokens; the model is PEFT's afterwards.
+
+    Args:
+        model: the base from transformers, into which the adapter fits.
+
+    Raises ValueError for an adapter that is more than B A x, and where PEFT cannot load it.
+    """
+    from peft import PeftModel
+
+    adapter.require_plain()
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.linspace(0, vocabulary - 1, NUM_TOKENS, device=model.device).long()[None]
+    plain = model(ids).logits.double()
+    with _added(model, adapter):
+        expected = model(ids).logits.double()
+    try:
+        # Otherwise PEFT turns 16-bit factors to fp32, and would be compared in another dtype.
+        loaded = PeftModel.from_pretrained(model, str(adapter.folder), autocast_adapter_dtype=False).eval()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    # What PEFT raises depends on what is wrong: KeyError, RuntimeError, TypeError, ...
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"PEFT cannot load {adapter.folder} ({reason})") from error
+    largest = float(expected.abs().max())
+    return Comparison(
+        difference=float((loaded(ids).logits.double() - expected).abs().max()) / largest,
+        effect=float((expected - plain).abs().max()) / largest,
+        tolerance=1e-4 if model.dtype in (torch.float32, torch.float64) else 1e-2,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+@contextmanager
+def _added(model: nn.Module, adapter: Adapter) -> Iterator[None]:
+    """Within, the base adds B A x, in the dtype that PEFT gives a layer's factors."""
+    layers = {}
+    for name in adapter.layers:
+        layer = model.get_submodule(name)
+        weight = getattr(layer, "weight", None)
+        is_float = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+        factors = adapter.folded(name, weight.dtype if weight is not None and is_float else torch.float32)
+        device = device_of(layer)
+        layers[name] = (layer, factors.lora_b.to(device), factors.lora_a.to(device))
+    with compensated(layers):
+        yield

@@ -1,0 +1,138 @@
+"""What a compensation will take, before it starts: memory, disk and time."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from longshadow.compress.blocks import decoder_blocks, linear_layers
+from longshadow.compress.statistics import input_moments_are_cheaper
+
+FP32, FP64 = 4, 8
+# Operations of an eigendecomposition of a symmetric matrix, in cubes of its size.
+EIGENDECOMPOSITION = 9
+SPEED_SIZE = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Bytes and seconds.
+
+    memory = quantized + original + max(states + block, logits): the weights of both models (of an original that stays
+    on disk, its largest block), and either the inputs of a block for all samples with what is computed for its
+    layers, or, while quality is measured, logits.
+
+    Attributes:
+        states: 2 N L d, for N samples of L tokens and hidden size d: inputs of this block and of the next.
+        block: of the largest block, W, R and a copy per layer, its moments, and what the solver makes of them.
+        logits: 4 L V, of both models with their logarithms, in fp32.
+        adapter: on disk, at most.
+    """
+
+    quantized: int
+    original: int
+    states: int
+    block: int
+    logits: int
+    adapter: int
+    seconds: float
+
+    @property
+    def memory(self) -> int:
+        """In all."""
+        return self.quantized + self.original + max(self.states + self.block, self.logits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Operations a second of a plain matrix product."""
+
+    fp32: float
+    fp64: float
+
+    @classmethod
+    def measured(cls, device: torch.device) -> "Speed":
+        """Of this machine, in half a second."""
+        return cls(**{name: _speed(getattr(torch, f"float{name[2:]}"), device) for name in ("fp32", "fp64")})
+
+
+def estimated(
+    model: nn.Module,
+    *,
+    quantized_bytes: int,
+    itemsize: int,
+    num_samples: int,
+    length: int,
+    rank: int | None,
+    budget: int | None,
+    adapter_itemsize: int,
+    num_methods: int,
+    original_on_disk: bool,
+    speed: Speed,
+) -> Estimate:
+    """For a model on the meta device or a real one.
+
+    Args:
+        model: of the architecture, dense; its weights are not read.
+        quantized_bytes: of the quantised model in memory.
+        itemsize: of the original's weights and of hidden states, in memory.
+        rank, budget: one of them; of the adapter.
+        num_methods: that are tried.
+        original_on_disk: whether the original stays there but for the block at hand.
+    """
+    blocks = [[_shape(layer) for layer in linear_layers(block).values()] for block in decoder_blocks(model)]
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    largest = max(sum(m * n for m, n in shapes) for shapes in blocks)
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    tokens, hidden = num_samples * length, int(config.hidden_size)
+    adapter = budget if budget is not None else sum((m + n) * min(rank or 0, m, n) for it in blocks for m, n in it)
+    in_blocks = sum(m * n for shapes in blocks for m, n in shapes)
+    head = hidden * int(config.vocab_size)
+    report = tokens / 3
+    forward = 2 * in_blocks * tokens
+    passes = 3 + (1 if budget is not None else 0)
+    moments = sum(_moment_operations(m, n) for it in blocks for m, n in it) * tokens
+    measuring = 2 * (in_blocks + head) * report * 4
+    solving = sum(_solver_operations(m, n) for it in blocks for m, n in it)
+    return Estimate(
+        quantized=quantized_bytes,
+        original=(largest if original_on_disk else weights) * itemsize,
+        states=2 * tokens * hidden * itemsize,
+        block=max(_block_bytes(shapes) for shapes in blocks),
+        logits=4 * length * int(config.vocab_size) * FP32,
+        adapter=adapter * adapter_itemsize,
+        seconds=num_methods * ((passes * forward + moments + measuring) / speed.fp32 + solving / speed.fp64),
+    )
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+
+
+def _block_bytes(shapes: Iterable[tuple[int, int]]) -> int:
+    shapes = list(shapes)
+    kept = sum(3 * m * n * FP32 + min(m, n) ** 2 * FP64 for m, n in shapes)
+    # The solver works on one layer at a time, in fp64: R, R C, G, its eigenvectors.
+    return kept + max(2 * m * n * FP64 + 3 * min(m, n) ** 2 * FP64 for m, n in shapes)
+
+
+def _moment_operations(m: int, n: int) -> int:
+    return 2 * n * n if input_moments_are_cheaper(n, [m]) else 2 * m * (m + n)
+
+
+def _solver_operations(m: int, n: int) -> int:
+    return 4 * m * n * min(m, n) + EIGENDECOMPOSITION * min(m, n) ** 3
+
+
+def _speed(dtype: torch.dtype, device: torch.device) -> float:
+    matrix = torch.ones(SPEED_SIZE, SPEED_SIZE, dtype=dtype, device=device)
+    times = []
+    for _ in range(4):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        float((matrix @ matrix)[0, 0])
+        times.append(time.perf_counter() - start)
+    return 2 * SPEED_SIZE**3 / min(times)

@@ -1,0 +1,77 @@
+"""Scales that a quantiser moved from one layer into another, as AWQ and SmoothQuant do.
+
+A quantiser may multiply the columns of a layer by s and divide what feeds it by s: the norm before it, or the rows of
+another layer. The model stays the same function, but its weights are no longer near the original's, and their
+difference says nothing. The original's weights are brought to the same scales here.
+
+Legend: m outputs of a layer, n inputs.
+"""
+
+import torch
+from torch import nn
+
+# Norms are stored in half precision; scales chosen to protect weights are far from 1 somewhere.
+NORM_TOLERANCE = 0.02
+# How much nearer the weights have to get for a scale to be believed.
+NEARER = 0.7
+FED_BY_ROWS = (("up_proj", "down_proj"), ("v_proj", "o_proj"))
+FARTHEST = 1.0
+
+
+def norm_scale(original: nn.Module, quantized: nn.Module, width: int) -> torch.Tensor | None:
+    """What the columns behind a norm were multiplied by, [n] in fp32; None where nothing was folded.
+
+    Both norms are run on a vector of mean 0 and mean square 1, so it does not matter how they hold their weights.
+    """
+    parameter = next(original.parameters())
+    vector = torch.ones(1, width, dtype=torch.float32)
+    vector[:, 1::2] = -1
+    given, changed = (
+        module(vector.to(parameter.device, dtype=next(module.parameters()).dtype)).float().squeeze(0)
+        for module in (original, quantized)
+    )
+    scale = torch.where(changed != 0, given / changed, 1.0)
+    return None if bool(((scale - 1).abs() <= NORM_TOLERANCE).all()) else scale
+
+
+def unfolded(
+    weights: dict[str, torch.Tensor], approximations: dict[str, torch.Tensor], scales: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The original's weights of one block at the scales of the quantised ones.
+
+    Args:
+        weights, approximations: [m, n] by the names of the layers in the block.
+        scales: of the columns of layers behind norms that were changed.
+
+    Raises ValueError where weights are farther apart than quantisation can explain, as after a rotation.
+    """
+    result = {name: weight * scales[name] if name in scales else weight for name, weight in weights.items()}
+    by_kind = {name.rpartition(".")[2]: name for name in weights}
+    for first, second in FED_BY_ROWS:
+        if first in by_kind and second in by_kind:
+            _unfold_pair(result, approximations, by_kind[first], by_kind[second])
+    for name, weight in result.items():
+        distance = float((weight - approximations[name]).norm() / weight.norm().clamp(min=1e-30))
+        if distance > FARTHEST:
+            raise ValueError(
+                f"{name} of the quantised model is no approximation of the original's ({distance:.0%} apart): it is "
+                "another model's, or was rotated, which cannot be compensated"
+            )
+    return result
+
+
+def _unfold_pair(
+    weights: dict[str, torch.Tensor], approximations: dict[str, torch.Tensor], first: str, second: str
+) -> None:
+    """Where rows of `first` were divided by what columns of `second` were multiplied by, both weights are too.
+
+    Any such scale leaves the original's function as it is, so an inexact estimate does no harm.
+    """
+    rows = (approximations[first] * weights[first]).sum(1) / weights[first].square().sum(1).clamp(min=1e-30)
+    num_inputs = weights[second].shape[1]
+    if num_inputs != len(rows) or not bool((rows > 0).all()):
+        return  # heads that share values are never folded
+    scaled = weights[second] / rows
+    before, after = ((weights[second] - approximations[second]).norm(), (scaled - approximations[second]).norm())
+    if after < NEARER * before:
+        weights[first], weights[second] = weights[first] * rows.unsqueeze(1), scaled

@@ -1,0 +1,203 @@
+"""One block: what quantisation took from its layers, and what their inputs say of it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from longshadow.compress.blocks import HiddenStates, input_groups, linear_layers, run_block
+from longshadow.compress.folding import norm_scale, unfolded
+from longshadow.compress.formats import weight_of
+from longshadow.compress.solver import Factors, Method, Spectrum, error_left, refit_b, solve, spectrum_of
+from longshadow.compress.statistics import (
+    ErrorMoments,
+    InputMoments,
+    Moments,
+    RefitMoments,
+    input_moments_are_cheaper,
+)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LayerReport:
+    """One layer: its rank, and its error E ||R x||^2 relative to the output E ||W x||^2 it spoils, before and after."""
+
+    rank: int
+    before: float
+    after: float
+
+
+@dataclass(eq=False, kw_only=True)
+class MeasuredLayer:
+    """A layer that quantisation changed, with what was seen of its inputs.
+
+    Attributes:
+        weight, residual: W and R = W - W_quantised, [m, n] in fp32; W at the scales of the quantised weight.
+        moments: of the inputs or of the errors.
+        output_energy: E ||W x||^2.
+    """
+
+    module: nn.Module
+    weight: torch.Tensor
+    residual: torch.Tensor
+    moments: Moments
+    output_energy: float = 0.0
+
+    def spectrum(self) -> Spectrum:
+        """Of its error."""
+        return spectrum_of(self.residual, self.moments)
+
+    def error(self) -> float:
+        """E ||R x||^2."""
+        if isinstance(self.moments, InputMoments):
+            return _energy(self.residual, self.moments)
+        return float(self.moments.error_gram(self.residual).trace())
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Calibrator:
+    """Where a block's layers take their inputs from: the quantised model's own blocks, or the original's.
+
+    Attributes:
+        of_original: watch the original's block, run over the original's hidden states.
+        only_inputs: count inputs even where errors are cheaper, as methods other than EoRA need them.
+    """
+
+    of_original: bool = False
+    only_inputs: bool = False
+
+    def measure(
+        self, original: nn.Module, quantized: nn.Module, hidden: HiddenStates, name: str
+    ) -> dict[str, MeasuredLayer]:
+        """Runs a block over its inputs and counts the moments of every layer whose weight has changed.
+
+        Raises ValueError where the blocks do not match, weights are not finite, or too far apart.
+        """
+        weights, residuals, groups = self._changed_weights(original, quantized, hidden, name)
+        modules = linear_layers(quantized)
+        layers: dict[str, MeasuredLayer] = {}
+        counting: set[str] = set()  # layers that fill moments: of a group that shares them, the first
+        for members in groups:
+            width, device = residuals[members[0]].shape[1], residuals[members[0]].device
+            shared = InputMoments(width, device=device)
+            cheaper = self.only_inputs or input_moments_are_cheaper(width, [len(residuals[it]) for it in members])
+            counting.update(members[:1] if cheaper else members)
+            for member in members:
+                layers[member] = MeasuredLayer(
+                    module=modules[member],
+                    weight=weights[member],
+                    residual=residuals[member],
+                    moments=shared if cheaper else ErrorMoments(residuals[member]),
+                )
+        energies = dict.fromkeys(layers, 0.0)
+
+        def count(layer_name: str, module: nn.Module, inputs: torch.Tensor) -> None:
+            if layer_name not in counting:
+                return
+            layer = layers[layer_name]
+            layer.moments.add(inputs)
+            if isinstance(layer.moments, ErrorMoments):
+                outputs = inputs.flatten(0, -2).float() @ layer.weight.T
+                energies[layer_name] += float(outputs.double().square().sum())
+
+        run_block(original if self.of_original else quantized, hidden, count)
+        for layer_name, layer in layers.items():
+            if isinstance(layer.moments, InputMoments):
+                layer.output_energy = _energy(layer.weight, layer.moments)
+            else:
+                layer.output_energy = energies[layer_name] / layer.moments.num_tokens
+        return layers
+
+    def solve(
+        self,
+        measured: dict[str, MeasuredLayer],
+        block: nn.Module,
+        hidden: HiddenStates,
+        ranks: dict[str, int],
+        method: Method,
+        sensitivity: dict[str, torch.Tensor],
+        dtype: torch.dtype,
+    ) -> dict[str, tuple[Factors | None, LayerReport]]:
+        """Factors of all layers, none for rank 0, with each layer's error relative to its output.
+
+        Layers whose errors alone were counted get their B after a second pass over `block`, the one that was watched.
+        """
+        factors: dict[str, Factors] = {}
+        seen: dict[str, RefitMoments] = {}
+        for name, layer in measured.items():
+            if ranks[name] > 0:
+                factors[name] = solve(
+                    layer.residual,
+                    layer.moments,
+                    ranks[name],
+                    method=method,
+                    output_weights=sensitivity.get(name),
+                    dtype=dtype,
+                )
+                if isinstance(layer.moments, InputMoments):
+                    seen[name] = RefitMoments.of(layer.residual, factors[name].lora_a, layer.moments.matrix)
+        second = {name: RefitMoments(measured[name].residual, factors[name].lora_a) for name in factors.keys() - seen}
+
+        def count(name: str, module: nn.Module, inputs: torch.Tensor) -> None:
+            if name in second:
+                second[name].add(inputs)
+
+        if second:
+            run_block(block, hidden, count)
+        for name, moments in second.items():
+            factors[name] = refit_b(factors[name], moments)
+        seen |= second
+        solved = {}
+        for name, layer in measured.items():
+            error, energy, found = layer.error(), layer.output_energy or 1.0, factors.get(name)
+            after = error if found is None else error_left(error, found, seen[name])
+            report = LayerReport(rank=0 if found is None else found.rank, before=error / energy, after=after / energy)
+            solved[name] = (found, report)
+        return solved
+
+    def _changed_weights(
+        self, original: nn.Module, quantized: nn.Module, hidden: HiddenStates, name: str
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[list[str]]]:
+        """W and R of the layers whose weights differ, and these layers in groups of equal inputs."""
+        from accelerate.utils import align_module_device
+
+        given, changed = linear_layers(original), linear_layers(quantized)
+        if given.keys() != changed.keys():
+            odd = sorted(given.keys() ^ changed.keys())
+            raise ValueError(f"the models do not match: {name}.{odd[0]} is in one of them only")
+        weights, approximations = {}, {}
+        for layer_name, layer in changed.items():
+            with align_module_device(given[layer_name]):  # an original that does not fit in memory lies on disk
+                weight = weight_of(given[layer_name])
+            approximation = weight_of(layer)
+            if weight.shape != approximation.shape:
+                raise ValueError(
+                    f"the models do not match: {name}.{layer_name} is {list(weight.shape)} in one and "
+                    f"{list(approximation.shape)} in the other"
+                )
+            if not (weight.isfinite().all() and approximation.isfinite().all()):
+                raise ValueError(f"{name}.{layer_name} has weights that are not finite")
+            weights[layer_name], approximations[layer_name] = weight, approximation
+        scales: dict[str, torch.Tensor] = {}
+        watched = original if self.of_original else quantized
+        groups = input_groups(watched, hidden)
+        for group in groups:
+            if group.norm is not None:
+                norms = original.get_submodule(group.norm), quantized.get_submodule(group.norm)
+                with align_module_device(norms[0]):
+                    scale = norm_scale(*norms, weights[group.layers[0]].shape[1])
+                if scale is not None:
+                    scales |= dict.fromkeys(group.layers, scale)
+        weights = unfolded(weights, approximations, scales)
+        residuals = {
+            layer_name: weight - approximations[layer_name]
+            for layer_name, weight in weights.items()
+            if not torch.equal(weight, approximations[layer_name])
+        }
+        members = [[layer_name for layer_name in group.layers if layer_name in residuals] for group in groups]
+        return weights, residuals, [group for group in members if group]
+
+
+def _energy(weight: torch.Tensor, moments: InputMoments) -> float:
+    """E ||W x||^2 from C, with products in fp32."""
+    return float(((weight @ moments.matrix.float()) * weight).double().sum())

@@ -1,0 +1,86 @@
+"""What `longshadow compensate` is told."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from longshadow.compress.pipeline import METHODS, Propagate
+from longshadow.compress.solver import Method
+
+Choice = Method | Literal["best"]
+BYTES_PER_MB = 1_000_000
+DEFAULT_RANK = 32
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompensationOptions:
+    """At most one of `rank`, `budget_mb` (of the adapter) and `budget_bpw` (bits per weight of the layers).
+
+    `max_memory` is in bytes, None for what is free.
+    """
+
+    rank: int | None = None
+    budget_mb: float | None = None
+    budget_bpw: float | None = None
+    uniform_rank: bool = False
+    method: Choice = "eora"
+    lm_head: bool = False
+    calibration: str = "builtin"
+    sequence_length: int = 512
+    num_samples: int = 64
+    propagate: Propagate = "sequential"
+    dtype: torch.dtype = torch.bfloat16
+    max_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {"--rank": self.rank, "--budget-mb": self.budget_mb, "--budget-bpw": self.budget_bpw}
+        given = {name: value for name, value in sizes.items() if value is not None}
+        if len(given) > 1:
+            raise ValueError(f"give {' or '.join(given)}, not both")
+        limits = {"--rank": self.rank, "--num-samples": self.num_samples}
+        for name, value in limits.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.sequence_length < 2:
+            raise ValueError(f"--sequence-length must be at least 2, got {self.sequence_length}")
+        for name, amount in given.items():
+            if name != "--rank" and not amount > 0:
+                raise ValueError(f"{name} must be above 0, got {amount:g}")
+        if self.uniform_rank and not self.has_budget:
+            raise ValueError("--uniform-rank goes with --budget-mb or --budget-bpw: a --rank is uniform anyway")
+        if self.method not in (*METHODS, "best"):
+            raise ValueError(f"--method must be one of {', '.join(METHODS)} and best, got {self.method!r}")
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether ranks follow from a size."""
+        return self.budget_mb is not None or self.budget_bpw is not None
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods to try."""
+        return METHODS if self.method == "best" else (self.method,)
+
+    def rank_or_budget(self, num_layer_weights: int) -> tuple[int | None, int | None]:
+        """The rank of all layers, or the number of the adapter's weights, for layers with so many."""
+        bits = 8 * self.dtype.itemsize
+        if self.budget_mb is not None:
+            return None, int(self.budget_mb * BYTES_PER_MB * 8 / bits)
+        if self.budget_bpw is not None:
+            return None, int(self.budget_bpw * num_layer_weights / bits)
+        return self.rank or DEFAULT_RANK, None
+
+
+def parse_bytes(text: str) -> int:
+    """`8GB` -> 8,000,000,000, `512M`, `2 gib`.
+
+    Raises ValueError for anything else.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    if not found or not float(found[1]) > 0:
+        raise ValueError(f"a size of memory looks like 8GB or 512MB, got {text!r}")
+    unit = 1024 ** list(UNITS).index(found[2]) if found[3] else UNITS[found[2]]
+    return int(float(found[1]) * unit)

@@ -1,0 +1,70 @@
+"""`--quantize`: a quantised model for those who have none yet, made by the library whose format it is."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from longshadow.compress.adapters.atomic import whole_folder
+from longshadow.compress.blocks import decoder_blocks, linear_layers
+from longshadow.models import DEMO_NAME, demo_folder
+
+SCHEMES = "nf4, int8:gGROUP, int4:gGROUP, int3:gGROUP, int2:gGROUP (such as int4:g64) and 2:4"
+
+
+def quantize_model(original: str, scheme: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Writes the quantised model and its tokenizer to `folder`: whole or not at all.
+
+    Args:
+        original: a hub id, a folder, or `demo`.
+        scheme: "nf4" (bitsandbytes), "int4:g64" and the like (torchao, weights only), or "2:4" (pruned by magnitude,
+            by torch.ao; stored dense).
+        folder: must not exist, or be empty.
+        dtype: of what is not quantised.
+
+    Raises ValueError for an unknown scheme, a missing library, and a folder that holds something.
+    """
+    options = {"quantization_config": quantization_config(scheme)} if scheme != "2:4" else {}
+    source = str(demo_folder()) if original == DEMO_NAME else original
+    with whole_folder(folder) as partial:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        if scheme == "2:4":
+            prune_two_of_four(model)
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(source).save_pretrained(partial)
+
+
+def quantization_config(scheme: str) -> Any:
+    """What transformers is told. Raises ValueError for an unknown scheme or a library that is not installed."""
+    found = re.fullmatch(r"int([2348]):g(\d+)", scheme)
+    if scheme != "nf4" and not found:
+        raise ValueError(f"--quantize takes {SCHEMES}, got {scheme!r}")
+    try:
+        if not found:
+            import bitsandbytes  # noqa: F401
+            from transformers import BitsAndBytesConfig
+
+            return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")  # type: ignore[no-untyped-call]
+        from torchao.quantization import IntxWeightOnlyConfig, PerGroup
+        from transformers import TorchAoConfig
+
+        bits, group = int(found[1]), int(found[2])
+        return TorchAoConfig(IntxWeightOnlyConfig(getattr(torch, f"int{bits}"), PerGroup(group)))
+    except ImportError as error:
+        library = "torchao" if found else "bitsandbytes"
+        raise ValueError(f"--quantize {scheme} needs {library}: pip install 'longshadow[quant]'") from error
+
+
+def prune_two_of_four(model: nn.Module) -> None:
+    """Of every four weights in a row the two with the least magnitude become 0, in the linear layers of all blocks."""
+    from torch.ao.pruning import WeightNormSparsifier
+
+    sparsifier = WeightNormSparsifier(sparsity_level=1.0, sparse_block_shape=(1, 4), zeros_per_block=2)
+    names = {module: name for name, module in model.named_modules()}
+    layers = [layer for block in decoder_blocks(model) for layer in linear_layers(block).values()]
+    sparsifier.prepare(model, [{"tensor_fqn": f"{names[layer]}.weight"} for layer in layers])
+    sparsifier.step()
+    sparsifier.squash_mask()

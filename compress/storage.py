@@ -1,0 +1,33 @@
+"""The bytes that a layer's weight takes as it is stored, whatever its format."""
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def stored_bits_per_weight(layers: list[nn.Module]) -> float | None:
+    """Bits of all tensors of linear layers, scales and offsets included, per weight.
+
+    None where layers keep ordinary floating-point weights: then what a file would keep of them is not to be seen.
+    """
+    if all(type(layer) is nn.Linear and _is_plain(layer.weight) for layer in layers):
+        return None
+    weights = sum(int(layer.in_features) * int(layer.out_features) for layer in layers)  # type: ignore[arg-type]
+    stored = sum(
+        _num_bytes(value)
+        for layer in layers
+        for name, value in layer.state_dict().items()
+        if isinstance(value, torch.Tensor) and name != "bias"
+    )
+    return 8 * stored / weights
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    return weight.is_floating_point() and not is_traceable_wrapper_subclass(weight)
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        return sum(_num_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()

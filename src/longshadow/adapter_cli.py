@@ -1,0 +1,201 @@
+"""`longshadow adapter`: LoRA adapters of any origin, and what becomes of them. Nothing heavy is imported up here."""
+
+import json
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longshadow.cli_common import CHECK_FAILED, DType, log_to_stderr, torch_dtype, user_errors
+
+adapter_app = typer.Typer(help="Inspect, verify, evaluate, merge and export LoRA adapters.", no_args_is_help=True)
+
+AdapterFolder = Annotated[Path, typer.Argument(help="Folder with adapter_config.json and adapter_model.safetensors.")]
+BaseModel = Annotated[
+    str | None, typer.Option("--base", help="The model it is for: hub id, folder, FILE.gguf, or `demo`.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+class Format(StrEnum):
+    """What an adapter can be exported to."""
+
+    gguf = "gguf"
+    padded = "padded"
+    merged = "merged"
+
+
+@adapter_app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="An adapter's folder, or, with --original, a quantised model's.")],
+    original: Annotated[
+        str | None, typer.Option(help="Look at a quantised model instead, beside this one before quantisation.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if any.")] = None,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Tell what an adapter is (base, layers, ranks, scales, size), or what quantisation did to a model's layers."""
+    with user_errors(debug):
+        if original is not None:
+            from longshadow.compress.inspection import inspect_quantized, print_inspection, to_dict
+
+            layers = inspect_quantized(original, str(adapter), device=device)
+            if json_output:
+                print(json.dumps(to_dict(layers)))
+            else:
+                print_inspection(layers)
+            return
+        from longshadow.compress.adapters.description import describe
+        from longshadow.compress.adapters.reading import read_adapter
+        from longshadow.compress.adapters.tables import print_description
+
+        if (adapter / "config.json").is_file() and not (adapter / "adapter_config.json").is_file():
+            raise ValueError(f"{adapter} is a model: to look at its quantisation, give the one before with --original")
+        description = describe(read_adapter(adapter))
+        if json_output:
+            print(json.dumps(asdict(description)))
+        else:
+            print_description(description)
+
+
+@adapter_app.command()
+def verify(
+    adapter: AdapterFolder,
+    base: BaseModel = None,
+    dtype: Annotated[DType | None, typer.Option(help="Of the base. Default: float32 on a CPU, else as stored.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if any.")] = None,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check an adapter's names, shapes, scales and numbers, and tell which runtimes serve it.
+
+    With --base, load that too and compare PEFT's logits with those that the factors stand for. Exit code 1: a check
+    failed.
+    """
+    with user_errors(debug):
+        log_to_stderr()
+        from longshadow.compress.adapters.bases import read_base
+        from longshadow.compress.adapters.comparison import require_peft
+        from longshadow.compress.adapters.reading import read_adapter
+        from longshadow.compress.adapters.tables import print_verification
+        from longshadow.compress.adapters.verification import known_base, verify_adapter
+        from longshadow.models import load_model
+
+        read = read_adapter(adapter)
+        if base is None:
+            verification = verify_adapter(read, known_base(read))
+        else:
+            require_peft()
+            loaded = load_model(base, dtype=torch_dtype(dtype), device=device)
+            verification = verify_adapter(read, read_base(base), loaded)
+        if json_output:
+            print(json.dumps(verification.to_dict()))
+        else:
+            print_verification(verification)
+    if not verification.passed:
+        raise typer.Exit(CHECK_FAILED)
+
+
+@adapter_app.command()
+def evaluate(
+    adapter: AdapterFolder,
+    original: Annotated[str, typer.Option(help="The model before quantisation: hub id, folder, or `demo`.")],
+    quantized: Annotated[str, typer.Option(help="The quantised model that the adapter is for.")],
+    text: Annotated[str, typer.Option(help="FILE.jsonl, FILE.txt, hf:NAME or `builtin`; its report part.")] = "builtin",
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 512,
+    num_samples: Annotated[int, typer.Option(help="As for calibration; a third of it is for the report.")] = 64,
+    bits_per_weight: Annotated[
+        float | None, typer.Option(help="Of the quantised layers, scales included, where it cannot be seen.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if any.")] = None,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure what an adapter is worth on unseen text, beside the same bytes spent on more bits."""
+    with user_errors(debug):
+        log_to_stderr()
+        from longshadow.compress.adapters.evaluation import EvaluationText, evaluate_adapter
+        from longshadow.compress.adapters.tables import print_evaluation
+
+        source = EvaluationText(source=text, length=sequence_length, num_samples=num_samples)
+        report = evaluate_adapter(adapter, original, quantized, source, bits_per_weight=bits_per_weight, device=device)
+        if json_output:
+            print(json.dumps(report))
+        else:
+            print_evaluation(report)
+
+
+@adapter_app.command()
+def merge(
+    adapter: AdapterFolder,
+    other: Annotated[Path, typer.Argument(help="Another adapter for the same base, such as one you trained.")],
+    output: Annotated[Path, typer.Option(help="Folder for the merged adapter; must not exist, or be empty.")],
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make one adapter of two, which computes the sum of both: a compensation and a LoRA of your own."""
+    with user_errors(debug):
+        from longshadow.compress.adapters.merging import merge_adapters
+        from longshadow.compress.adapters.reading import read_adapter
+        from longshadow.report import format_bytes
+
+        merged = merge_adapters(read_adapter(adapter), read_adapter(other), output)
+        if json_output:
+            print(json.dumps(asdict(merged)))
+            return
+        print(
+            f"{merged.output}: {merged.layers} layers ({merged.shared} of both) of rank {merged.rank} at most, "
+            f"{format_bytes(merged.num_bytes)} in {merged.dtype}, for {merged.base_model or 'a base without a name'}"
+        )
+        if merged.other_base is not None:
+            print(f"note: {other} names another base, {merged.other_base or 'none'}")
+
+
+@adapter_app.command()
+def export(
+    adapter: AdapterFolder,
+    to: Annotated[
+        Format,
+        typer.Option(
+            help="gguf: a file for llama.cpp. padded: all layers of one rank, for runtimes without patterns. "
+            "merged: the dense base with the adapter in its weights."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="File for gguf, folder otherwise; must not exist.")],
+    base: BaseModel = None,
+    dtype: Annotated[
+        DType | None,
+        typer.Option(help="Default: float16 or float32 in gguf, the adapter's in padded, the base's in merged."),
+    ] = None,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write an adapter in another form. Where --base is left out, it is the one that the adapter names."""
+    with user_errors(debug):
+        log_to_stderr()
+        from longshadow.compress.adapters.reading import read_adapter
+        from longshadow.report import format_bytes
+
+        read, number = read_adapter(adapter), torch_dtype(dtype)
+        if to is Format.padded:
+            from longshadow.compress.adapters.padding import export_padded
+
+            exported = export_padded(read, output, number)
+        else:
+            from longshadow.compress.adapters.bases import read_base
+            from longshadow.compress.adapters.gguf_export import export_gguf
+            from longshadow.compress.adapters.merged_export import export_merged
+
+            if not (name := base or read.base_model):
+                raise ValueError(f"{adapter} does not name its base: give it with --base")
+            write = export_gguf if to is Format.gguf else export_merged
+            exported = write(read, read_base(name), output, number)
+        if json_output:
+            print(json.dumps(asdict(exported)))
+        else:
+            size = format_bytes(exported.num_bytes)
+            print(f"{exported.output}: {exported.layers} layers, {size} in {exported.dtype}; {exported.detail}")

@@ -1,0 +1,71 @@
+"""Scales that a quantiser folded into other layers are found, and models without relation refused."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from longshadow import compensate
+from longshadow.compress.folding import norm_scale, unfolded
+from tests.compress.test_pipeline import divergence, round_to_nearest, with_factors
+from tests.tiny_models import tiny_model
+
+
+def fold(model: Any, *, seed: int = 0) -> Any:
+    """The same function, with scales moved from norms and rows into the columns behind them, as AWQ does."""
+    generator = torch.Generator().manual_seed(seed)
+    folded = copy.deepcopy(model)
+
+    def scales(width: int) -> torch.Tensor:
+        return torch.rand(width, generator=generator) * 3 + 0.25
+
+    with torch.no_grad():
+        for block in folded.model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            for norm, layers in (
+                (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+                (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+            ):
+                scale = scales(len(norm.weight))
+                norm.weight /= scale
+                for layer in layers:
+                    layer.weight *= scale
+            scale = scales(len(mlp.up_proj.weight))
+            mlp.up_proj.weight /= scale.unsqueeze(1)
+            mlp.down_proj.weight *= scale
+    return folded
+
+
+@pytest.mark.parametrize("propagate", ["sequential", "original"])
+def test_folded_models_are_compensated(samples: torch.Tensor, propagate: Any) -> None:
+    original = tiny_model()
+    folded = fold(original)
+    torch.testing.assert_close(folded(samples).logits, original(samples).logits, rtol=0, atol=1e-4)
+    quantized = round_to_nearest(folded, bits=3)
+    whole = compensate(original, quantized, samples, rank=64, dtype=torch.float32, propagate=propagate)
+    restored = with_factors(quantized, whole.factors)
+    torch.testing.assert_close(restored(samples).logits, original(samples).logits, rtol=0, atol=1e-3)
+    partly = with_factors(quantized, compensate(original, quantized, samples, rank=8, propagate=propagate).factors)
+    assert divergence(original, partly, samples) < 0.8 * divergence(original, quantized, samples)
+
+
+def test_nothing_is_found_where_nothing_was_folded() -> None:
+    original = tiny_model()
+    quantized = round_to_nearest(original, bits=3)
+    block, other = original.model.layers[0], quantized.model.layers[0]
+    assert norm_scale(block.input_layernorm, other.input_layernorm, original.config.hidden_size) is None
+    weights = {name: layer.weight.detach() for name, layer in block.mlp.named_children() if name.endswith("proj")}
+    rounded = {name: other.mlp.get_submodule(name).weight.detach() for name in weights}
+    for name, weight in unfolded(weights, rounded, {}).items():
+        assert torch.equal(weight, weights[name])
+
+
+def test_rotated_weights_are_refused(samples: torch.Tensor) -> None:
+    original = tiny_model()
+    rotated = copy.deepcopy(original)
+    layer = rotated.get_submodule("model.layers.1.self_attn.o_proj")
+    rotation = torch.linalg.qr(torch.randn(layer.in_features, layer.in_features))[0]
+    layer.weight.data = layer.weight.data @ rotation
+    with pytest.raises(ValueError, match="o_proj of the quantised model is no approximation"):
+        compensate(original, rotated, samples)

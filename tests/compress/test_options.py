@@ -1,0 +1,44 @@
+"""What the command line may say."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from longshadow.compress.options import CompensationOptions, parse_bytes
+
+
+def test_sizes_become_ranks_or_weights() -> None:
+    assert CompensationOptions().rank_or_budget(10**6) == (32, None)
+    assert CompensationOptions(rank=5).rank_or_budget(10**6) == (5, None)
+    assert CompensationOptions(budget_mb=2).rank_or_budget(10**6) == (None, 10**6)
+    assert CompensationOptions(budget_bpw=0.5).rank_or_budget(320) == (None, 10)
+    assert CompensationOptions(budget_mb=2, dtype=torch.float32).rank_or_budget(1) == (None, 500_000)
+    assert CompensationOptions(method="best").methods == ("eora", "diagonal", "svd", "fisher")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 8, "budget_mb": 1.0}, "give --rank or --budget-mb, not both"),
+        ({"budget_bpw": 8, "budget_mb": 1.0}, "give --budget-mb or --budget-bpw, not both"),
+        ({"rank": 0}, "--rank must be at least 1"),
+        ({"num_samples": 0}, "--num-samples must be at least 1"),
+        ({"sequence_length": 1}, "--sequence-length must be at least 2"),
+        ({"budget_mb": 0.0}, "--budget-mb must be above 0"),
+        ({"budget_bpw": -1.0}, "--budget-bpw must be above 0"),
+        ({"uniform_rank": True}, "--uniform-rank goes with"),
+        ({"method": "guess"}, "--method must be one of"),
+    ],
+)
+def test_mistakes(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CompensationOptions(**options)
+
+
+def test_bytes() -> None:
+    assert parse_bytes("8GB") == parse_bytes("8 g") == 8 * 10**9
+    assert parse_bytes("1.5MiB") == 3 * 2**19 and parse_bytes("12") == 12
+    for text in ("", "GB", "8 parsecs", "-1GB", "0"):
+        with pytest.raises(ValueError, match="looks like 8GB"):
+            parse_bytes(text)

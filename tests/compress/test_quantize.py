@@ -1,0 +1,55 @@
+"""Quantised models made on the way, each by its library."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from longshadow.compress.blocks import decoder_blocks, linear_layers
+from longshadow.compress.formats import weight_of
+from longshadow.compress.quantize import quantize_model
+from longshadow.models import load_model
+from tests.tiny_models import tiny_model, write_folder
+
+
+def test_two_of_four(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "original")
+    quantize_model(str(source), "2:4", tmp_path / "quantized", dtype=torch.float32)
+    pruned = load_model(str(tmp_path / "quantized"), device="cpu").model
+    for block, original in zip(decoder_blocks(pruned), decoder_blocks(tiny_model()), strict=True):
+        for name, layer in linear_layers(block).items():
+            weight, given = weight_of(layer).view(-1, 4), weight_of(original.get_submodule(name)).view(-1, 4)
+            kept = weight != 0
+            assert (kept.sum(1) == 2).all() and torch.equal(weight[kept], given[kept])
+            assert (given.abs().masked_fill(kept, 0).amax(1) <= given.abs().masked_fill(~kept, 9).amin(1)).all()
+    assert torch.equal(pruned.get_input_embeddings().weight, tiny_model().get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(
+    ("library", "scheme", "apart"),
+    [
+        ("bitsandbytes", "nf4", 0.12),
+        ("torchao", "int8:g32", 0.01),
+        ("torchao", "int4:g32", 0.12),
+        ("torchao", "int3:g32", 0.25),
+    ],
+)
+def test_by_a_library(tmp_path: Path, library: str, scheme: str, apart: float) -> None:
+    pytest.importorskip(library, reason="needs the extra quant")
+    source = write_folder(tmp_path / "original")
+    quantize_model(str(source), scheme, tmp_path / "quantized")
+    quantized = load_model(str(tmp_path / "quantized"), device="cpu").model
+    for block, original in zip(decoder_blocks(quantized), decoder_blocks(tiny_model()), strict=True):
+        for name, layer in linear_layers(block).items():
+            given = weight_of(original.get_submodule(name))
+            distance = (weight_of(layer) - given).norm() / given.norm()
+            assert 0 < distance < apart
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "original")
+    with pytest.raises(ValueError, match=r"--quantize takes nf4"):
+        quantize_model(str(source), "int5:g32", tmp_path / "quantized")
+    with pytest.raises(ValueError, match="holds something already"):
+        quantize_model(str(source), "2:4", source)
+    assert not (tmp_path / "quantized").exists()

@@ -1,0 +1,41 @@
+"""Squared gradients of outputs, against autograd token by token."""
+
+import torch
+import torch.nn.functional as F
+
+from longshadow import compensate
+from longshadow.compress.sensitivity import output_sensitivity
+from tests.compress.test_pipeline import divergence, round_to_nearest, with_factors
+from tests.tiny_models import tiny_model
+
+NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+
+
+def test_gradients_of_outputs(samples: torch.Tensor) -> None:
+    model = tiny_model().double()
+    actual = output_sensitivity(model, NAMES, samples[:2])
+    for name in NAMES:
+        total = 0.0
+        for sample in samples[:2]:
+            kept: list[torch.Tensor] = []
+            hook = model.get_submodule(name).register_forward_hook(
+                lambda module, inputs, output, kept=kept: kept.append(output)
+            )
+            logits = model(sample.unsqueeze(0)).logits[0, :-1]
+            hook.remove()
+            loss = F.cross_entropy(logits, sample[1:], reduction="sum")
+            total = total + torch.autograd.grad(loss, kept[0])[0].square().sum((0, 1))
+        # The loss is taken in fp32, as everywhere.
+        torch.testing.assert_close(actual[name], total / samples[:2].numel(), rtol=1e-4, atol=1e-12)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_method_fisher(samples: torch.Tensor) -> None:
+    original = tiny_model()
+    quantized = round_to_nearest(original)
+    result = compensate(original, quantized, samples, rank=8, method="fisher")
+    assert len(result.factors) == 14
+    better = divergence(original, with_factors(quantized, result.factors), samples)
+    assert better < 0.9 * divergence(original, quantized, samples)
+    plain = compensate(original, quantized, samples, rank=8)
+    assert any(not torch.equal(plain.factors[name].lora_a, pair.lora_a) for name, pair in result.factors.items())
