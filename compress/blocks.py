@@ -100,6 +100,12 @@ def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def layer_shape(layer: nn.Module) -> tuple[int, int]:
+    """(m, n), the numbers of a linear layer's outputs and inputs."""
+    known: Any = layer
+    return int(known.out_features), int(known.in_features)
+
+
 def input_groups(block: nn.Module, hidden: HiddenStates) -> list[InputGroup]:
     """What the block's linear layers are given, found on the first sample."""
     given: dict[int, list[str]] = {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from longshadow.compress.blocks import decoder_blocks, linear_layers
+from longshadow.compress.blocks import decoder_blocks, layer_shape, linear_layers
 from longshadow.compress.statistics import input_moments_are_cheaper
 
 FP32, FP64 = 4, 8
@@ -82,7 +82,7 @@ def estimated(
         num_methods: that are tried.
         original_on_disk: whether the original stays there but for the block at hand.
     """
-    blocks = [[_shape(layer) for layer in linear_layers(block).values()] for block in decoder_blocks(model)]
+    blocks = [[layer_shape(layer) for layer in linear_layers(block).values()] for block in decoder_blocks(model)]
     weights = sum(parameter.numel() for parameter in model.parameters())
     largest = max(sum(m * n for m, n in shapes) for shapes in blocks)
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
@@ -105,10 +105,6 @@ def estimated(
         adapter=adapter * adapter_itemsize,
         seconds=num_methods * ((passes * forward + moments + measuring) / speed.fp32 + solving / speed.fp64),
     )
-
-
-def _shape(layer: nn.Module) -> tuple[int, int]:
-    return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
 
 
 def _block_bytes(shapes: Iterable[tuple[int, int]]) -> int:

@@ -15,6 +15,7 @@ from longshadow.compress.blocks import (
     compensated,
     decoder_blocks,
     first_inputs,
+    layer_shape,
     linear_layers,
     run_block,
 )
@@ -187,7 +188,7 @@ def _next_inputs(
 def _uniform_rank(stages: list[Stage], budget: int) -> int:
     """The largest rank, of whole eights, that all layers can have."""
     layers = [layer for stage in stages for layer in linear_layers(stage.quantized).values()]
-    cost = sum(int(layer.in_features) + int(layer.out_features) for layer in layers)  # type: ignore[arg-type]
+    cost = sum(sum(layer_shape(layer)) for layer in layers)
     rank = budget // cost // RANK_MULTIPLE * RANK_MULTIPLE
     if rank == 0:
         raise ValueError(
@@ -207,13 +208,16 @@ def _gains(
         if saved is None:
             measured = calibrator.measure(stage.original, stage.quantized, hidden, stage.name)
             tensors = {name: layer.spectrum().gains for name, layer in measured.items()}
-            facts = {name: [sum(layer.residual.shape), layer.output_energy] for name, layer in measured.items()}
+            facts = {name: layer.output_energy for name, layer in measured.items()}
             if shards is not None:
                 shards.save(f"gains_{stage.number:05d}", tensors, facts)
         else:
             tensors, facts = saved
-        for name, (cost, energy) in facts.items():
-            gains[stage.names[name]] = LayerGains(gains=tensors[name], cost=cost, weight=1 / energy if energy else 0.0)
+        layers = linear_layers(stage.quantized)
+        for name, energy in facts.items():
+            gains[stage.names[name]] = LayerGains(
+                gains=tensors[name], cost=sum(layer_shape(layers[name])), weight=1 / energy if energy else 0.0
+            )
         if stage is not stages[-1]:
             hidden = run_block(stage.original if calibrator.of_original else stage.quantized, hidden)
         done()
@@ -221,7 +225,7 @@ def _gains(
 
 
 def _save(shards: Shards, stage: Stage, solved: dict[str, tuple[Factors | None, LayerReport]]) -> None:
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, (factors, _) in solved.items():
         if factors is not None:
             tensors |= {f"{name}.lora_A": factors.lora_a, f"{name}.lora_B": factors.lora_b}

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import nn
 
-from longshadow.compress.blocks import decoder_blocks, linear_layers
+from longshadow.compress.blocks import decoder_blocks, layer_shape, linear_layers
 from longshadow.compress.estimate import Estimate, Speed, estimated
 from longshadow.compress.options import CompensationOptions
 from longshadow.models import choose_device, empty_model, model_files
@@ -87,11 +87,8 @@ def plan_compensation(
 
 def num_layer_weights(model: nn.Module) -> int:
     """Of all linear layers in the blocks."""
-    return sum(
-        int(layer.in_features) * int(layer.out_features)  # type: ignore[arg-type]
-        for block in decoder_blocks(model)
-        for layer in linear_layers(block).values()
-    )
+    shapes = (layer_shape(layer) for block in decoder_blocks(model) for layer in linear_layers(block).values())
+    return sum(outputs * inputs for outputs, inputs in shapes)
 
 
 def is_packed(name: str) -> bool:

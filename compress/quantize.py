@@ -60,7 +60,7 @@ def quantization_config(scheme: str) -> Any:
 
 def prune_two_of_four(model: nn.Module) -> None:
     """Of every four weights in a row the two with the least magnitude become 0, in the linear layers of all blocks."""
-    from torch.ao.pruning import WeightNormSparsifier
+    from torch.ao.pruning.sparsifier.weight_norm_sparsifier import WeightNormSparsifier
 
     sparsifier = WeightNormSparsifier(sparsity_level=1.0, sparse_block_shape=(1, 4), zeros_per_block=2)
     names = {module: name for name, module in model.named_modules()}

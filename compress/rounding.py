@@ -31,7 +31,8 @@ class RoundToNearest:
         groups = weight.view(len(weight), -1, self.group)
         lowest = groups.amin(2, keepdim=True)
         step = ((groups.amax(2, keepdim=True) - lowest) / (2**self.bits - 1)).clamp(min=1e-12)
-        return ((groups - lowest) / step).round().mul(step).add(lowest).view_as(weight)
+        rounded: torch.Tensor = ((groups - lowest) / step).round() * step + lowest
+        return rounded.view_as(weight)
 
 
 def finest_rounding(bits_per_weight: float, widths: set[int]) -> RoundToNearest | None:

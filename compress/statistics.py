@@ -84,9 +84,9 @@ class RefitMoments:
 
     def __init__(self, residual: torch.Tensor, lora_a: torch.Tensor) -> None:
         self._residual, self._lora_a = residual.float(), lora_a.float()
-        rank, options = len(lora_a), {"dtype": torch.float64, "device": residual.device}
-        self._cross = torch.zeros(len(residual), rank, **options)
-        self._inner = torch.zeros(rank, rank, **options)
+        rank = len(lora_a)
+        self._cross = torch.zeros(len(residual), rank, dtype=torch.float64, device=residual.device)
+        self._inner = torch.zeros(rank, rank, dtype=torch.float64, device=residual.device)
         self.num_tokens = 0
 
     @classmethod

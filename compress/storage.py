@@ -1,8 +1,12 @@
 """The bytes that a layer's weight takes as it is stored, whatever its format."""
 
+import math
+
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from longshadow.compress.blocks import layer_shape
 
 
 def stored_bits_per_weight(layers: list[nn.Module]) -> float | None:
@@ -12,7 +16,7 @@ def stored_bits_per_weight(layers: list[nn.Module]) -> float | None:
     """
     if all(type(layer) is nn.Linear and _is_plain(layer.weight) for layer in layers):
         return None
-    weights = sum(int(layer.in_features) * int(layer.out_features) for layer in layers)  # type: ignore[arg-type]
+    weights = sum(math.prod(layer_shape(layer)) for layer in layers)
     stored = sum(
         _num_bytes(value)
         for layer in layers
@@ -28,6 +32,6 @@ def _is_plain(weight: torch.Tensor) -> bool:
 
 def _num_bytes(tensor: torch.Tensor) -> int:
     if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        names, _ = tensor.__tensor_flatten__()
         return sum(_num_bytes(getattr(tensor, name)) for name in names)
     return tensor.numel() * tensor.element_size()

@@ -21,6 +21,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.chmod(0o755)
+        for path in partial.iterdir():
+            path.chmod(0o644)  # safetensors lets nobody else read what it writes
         partial.replace(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

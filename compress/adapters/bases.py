@@ -17,7 +17,7 @@ class Base:
     """A model that an adapter is for.
 
     Attributes:
-        name: a hub id, a folder, a `.gguf` file, or `demo`.
+        name: a hub id, a folder, or a `.gguf` file.
         method: `dense`, `gguf`, or what transformers calls the quantisation, such as `bitsandbytes` or `gptq`.
         config: of its text model.
     """
@@ -31,25 +31,25 @@ def read_base(name: str, *, only_here: bool = False) -> Base:
     """Reads the configuration, no weights.
 
     Args:
+        name: a hub id, a folder, a `.gguf` file, or `demo`.
         only_here: look for a hub id in the cache only, not on the network.
 
     Raises ValueError where there is none, or it cannot be read.
     """
-    path = Path(name).expanduser()
+    path = demo_folder() if name == DEMO_NAME else Path(name).expanduser()
     if path.suffix.lower() == ".gguf" and not path.is_file():
         raise ValueError(f"there is no file {name}")
     try:
         if path.suffix.lower() == ".gguf":
             config: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         else:
-            source = demo_folder() if name == DEMO_NAME else path if path.is_dir() else name
-            config = AutoConfig.from_pretrained(source, local_files_only=only_here)
+            config = AutoConfig.from_pretrained(path if path.is_dir() else name, local_files_only=only_here)
     # Damaged files make the readers raise whatever a byte leads them to.
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"the configuration of {name} cannot be read ({reason})") from error
     method = GGUF if path.suffix.lower() == ".gguf" else quantization_method(config)
-    return Base(name=name, method=method, config=config.get_text_config(decoder=True))
+    return Base(name=str(path) if name == DEMO_NAME else name, method=method, config=config.get_text_config(decoder=True))
 
 
 def quantization_method(config: PreTrainedConfig) -> str:

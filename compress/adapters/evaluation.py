@@ -10,9 +10,10 @@ from torch import nn
 
 from longshadow.compress.adapters.installing import device_of, misfits
 from longshadow.compress.adapters.reading import Adapter, read_adapter
-from longshadow.compress.blocks import compensated, decoder_blocks, linear_layers
+from longshadow.compress.blocks import compensated, decoder_blocks, layer_shape, linear_layers
 from longshadow.compress.calibration import read_documents, split_blocks
 from longshadow.compress.evaluation import Quality, mean_and_interval, quality
+from longshadow.compress.planning import num_layer_weights
 from longshadow.compress.rounding import finest_rounding
 from longshadow.compress.storage import stored_bits_per_weight
 from longshadow.models import load_model
@@ -64,7 +65,7 @@ def evaluate_adapter(
     }
     layers = [layer for block in decoder_blocks(second.model) for layer in linear_layers(block).values()]
     bits = bits_per_weight or stored_bits_per_weight(layers)
-    bits_of_adapter = 8 * adapter.num_bytes / sum(_shape(layer)[0] * _shape(layer)[1] for layer in layers)
+    bits_of_adapter = 8 * adapter.num_bytes / num_layer_weights(second.model)
     report: dict[str, Any] = {
         "adapter": str(folder),
         "original": original,
@@ -73,7 +74,7 @@ def evaluate_adapter(
         "bits_per_weight": {"quantised": bits, "adapter": bits_of_adapter},
         "removed_by_adapter": _difference(before, after),
     }
-    widths = {_shape(layer)[1] for layer in layers}
+    widths = {layer_shape(layer)[1] for layer in layers}
     rounding = None if bits is None else finest_rounding(bits + bits_of_adapter, widths)
     if rounding is not None:
         rows["same bytes as bits"] = rounded = quality(first.model, _rounded(first.model, rounding), samples)
@@ -103,10 +104,6 @@ def _layers(model: nn.Module, adapter: Adapter) -> dict[str, tuple[nn.Module, to
         layer, factors = model.get_submodule(name), adapter.folded(name, like.dtype)
         layers[name] = (layer, factors.lora_b.to(device_of(layer)), factors.lora_a.to(device_of(layer)))
     return layers
-
-
-def _shape(layer: nn.Module) -> tuple[int, int]:
-    return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
 
 
 def _difference(worse: Quality, better: Quality) -> dict[str, float]:

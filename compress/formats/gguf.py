@@ -36,4 +36,5 @@ def weight_of(layer: nn.Module) -> torch.Tensor:
 def _type_of(layer: nn.Module) -> Any:
     from gguf import GGMLQuantizationType
 
-    return GGMLQuantizationType(layer.ggml_type)
+    kind: Any = layer.ggml_type
+    return GGMLQuantizationType(kind)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from longshadow.compress.blocks import layer_shape
 from longshadow.compress.formats.origin import comes_from
 from longshadow.compress.formats.probe import ALLOWED_ROUNDING, departure, probed_weight
 
@@ -30,6 +31,6 @@ def weight_of(layer: nn.Module) -> torch.Tensor:
     dequantize = getattr(type(layer), "dequantize_weight", None)
     if dequantize is not None:
         weight = torch.as_tensor(dequantize(layer)).float().T.contiguous()
-        if weight.shape == (layer.out_features, layer.in_features) and departure(layer, weight) < ALLOWED_ROUNDING:
+        if tuple(weight.shape) == layer_shape(layer) and departure(layer, weight) < ALLOWED_ROUNDING:
             return weight
     return probed_weight(layer)

@@ -19,7 +19,7 @@ def name_of(layer: nn.Module) -> str | None:
     weight: Any = getattr(layer, "weight", None)
     if not isinstance(weight, torch.Tensor) or not comes_from(weight, "torchao"):
         return None
-    block = getattr(weight, "block_size", None)
+    block: Any = getattr(weight, "block_size", None)
     in_groups = isinstance(block, (list, tuple)) and len(block) == 2 and 1 < block[1] < weight.shape[1]
     return f"torchao {_kind_of(weight)}" + (f" group {block[1]}" if in_groups else "")
 

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from longshadow.env import cache_folder
 from longshadow.gguf_files import converted_folder, load_gguf, sha256
@@ -92,7 +92,7 @@ def empty_model(name: str) -> PreTrainedModel:
         else:
             config = AutoConfig.from_pretrained(demo_folder() if name == DEMO_NAME else str(path))
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     # As below: reading a configuration runs code of many libraries.
     except Exception as error:
         raise ValueError(_loading_message(name, error)) from error
@@ -185,8 +185,9 @@ def _load_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     place: dict[str, Any] = {"device_map": None if device.type == "cpu" else device}
     if max_memory is not None:
-        rest = {} if device.type == "cpu" else {"cpu": 0}
-        limits = {"cpu" if device.type == "cpu" else device.index or 0: max_memory, **rest}
+        limits: dict[str | int, int] = {"cpu": max_memory if device.type == "cpu" else 0}
+        if device.type != "cpu":
+            limits[device.index or 0] = max_memory
         place = {"device_map": "auto", "max_memory": limits, "offload_folder": mkdtemp(prefix="longshadow-")}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
