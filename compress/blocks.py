@@ -92,12 +92,13 @@ def run_block(block: nn.Module, hidden: HiddenStates, on_linear: LinearHook | No
 
 
 def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
-    """Layers of the block that multiply by a weight, by their names in it."""
-    return {
-        name: module
-        for name, module in block.named_modules()
-        if isinstance(getattr(module, "in_features", None), int) and not list(module.children())
-    }
+    """Layers of the block that multiply by a weight, by their names in it; what such a layer is made of is its own."""
+    found: dict[str, nn.Module] = {}
+    for name, module in block.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(getattr(module, "in_features", None), int) and not inside:
+            found[name] = module
+    return found
 
 
 def layer_shape(layer: nn.Module) -> tuple[int, int]:

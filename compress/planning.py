@@ -1,6 +1,5 @@
 """Whether a run can be made at all, said before it starts: the output folder, memory, and disk."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import nn
 from longshadow.compress.blocks import decoder_blocks, layer_shape, linear_layers
 from longshadow.compress.estimate import Estimate, Speed, estimated
 from longshadow.compress.options import CompensationOptions
-from longshadow.models import choose_device, empty_model, model_files
+from longshadow.models import choose_device, empty_model, is_quantized, model_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ def plan_compensation(
         Plan(
             estimate=estimated(
                 model,
-                quantized_bytes=packed if is_packed(quantized) else dense,
+                quantized_bytes=packed if is_quantized(Path(quantized)) else dense,
                 itemsize=itemsize,
                 num_samples=options.num_samples,
                 length=options.sequence_length,
@@ -89,12 +88,6 @@ def num_layer_weights(model: nn.Module) -> int:
     """Of all linear layers in the blocks."""
     shapes = (layer_shape(layer) for block in decoder_blocks(model) for layer in linear_layers(block).values())
     return sum(outputs * inputs for outputs, inputs in shapes)
-
-
-def is_packed(name: str) -> bool:
-    """Whether a model's layers keep another format than floating-point weights, by its configuration."""
-    config = Path(name) / "config.json"
-    return config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
 
 
 def _free_memory(device: torch.device) -> int:

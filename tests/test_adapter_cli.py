@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +184,7 @@ def test_compensate_writes_what_inspect_reads(base: Path, tmp_path: Path) -> Non
     assert told("verify", tmp_path / "made")["passed"]
 
 
-def test_help_is_quick_and_loads_nothing_heavy() -> None:
+def test_help_loads_nothing_heavy() -> None:
     code = """
 import sys
 from longshadow.cli import app
@@ -195,11 +194,6 @@ try:
 except SystemExit:
     print([name for name in ("torch", "transformers", "numpy", "gguf") if name in sys.modules])
 """
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - started)
-        assert done.stdout.splitlines()[-1] == "[]" and "padded" in done.stdout
-    assert min(seconds) < 0.5
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]" and "padded" in done.stdout

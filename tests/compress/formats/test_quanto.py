@@ -43,11 +43,11 @@ def test_inputs_and_outputs_of_int8(agrees: Any) -> None:
     with quanto.Calibration(), torch.no_grad():
         holder(torch.randn(256, 256))
     quanto.freeze(holder)
-    agrees(holder[0], "quanto int8", tolerance=0.03)
+    agrees(holder[0], "quanto int8", tolerance=0.03, kernel="int8_inputs")
 
 
 def test_a_model_is_compensated(model: Any, is_compensated: Any) -> None:
     rounded = copy.deepcopy(model)
     quanto.quantize(rounded.model.layers, weights="qint4")
     quanto.freeze(rounded.model.layers)
-    is_compensated(model, rounded, "quanto int4", "quanto int4 group 128")
+    is_compensated(model, rounded, "quanto int4 group 128", "quanto int4")

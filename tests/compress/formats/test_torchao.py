@@ -48,7 +48,7 @@ def test_weights_only(agrees: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", WITH_ACTIVATIONS)
 def test_inputs_of_int8(agrees: Any, name: str) -> None:
-    agrees(quantized(WITH_ACTIVATIONS[name]), name, tolerance=0.02)
+    agrees(quantized(WITH_ACTIVATIONS[name]), name, tolerance=0.02, kernel="int8_inputs")
 
 
 def test_a_weight_packed_for_one_kernel(agrees: Any) -> None:
@@ -70,7 +70,7 @@ def test_smoothed_inputs(agrees: Any) -> None:
     quantize_(holder, SmoothQuantConfig(base_config=base, step="prepare"))
     holder(torch.randn(64, 128) * torch.linspace(0.1, 10, 128))
     quantize_(holder, SmoothQuantConfig(base_config=base, step="convert"))
-    weight = agrees(holder[0], "torchao int8", tolerance=0.03)
+    weight = agrees(holder[0], "torchao int8", tolerance=0.03, kernel="int8_inputs")
     assert float((weight - original.weight).norm() / original.weight.norm()) < 0.02
 
 

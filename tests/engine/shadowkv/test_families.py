@@ -30,6 +30,29 @@ def test_full_rank_and_budget_give_the_stock_caches_tokens(family: str) -> None:
     assert cache.statistics().energy_kept[0][0] > 0.999 and cache.memory().device["factors"] > 0
 
 
+class IntegerLinear(torch.nn.Module):
+    """A layer that keeps no floating-point tensor, as those of quantised models."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("packed", weight.detach().contiguous().view(torch.int32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.packed.view(torch.float32).T
+
+
+def test_quantised_attention_layers() -> None:
+    model = tiny_model("llama")
+    ids, _ = padded_batch()
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False)
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, IntegerLinear(getattr(layer.self_attn, name).weight))
+    config = ShadowKVConfig(rank_energy=1.0, budget_tokens=1000, dense_threshold=0, segment_tokens=64, local_tokens=8)
+    with ShadowKVCache.for_model(model, config) as cache:
+        assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, past_key_values=cache), expected)
+
+
 def teacher_forced_logits(model, ids, mask, steps, cache) -> torch.Tensor:
     """Logits of the prompt's last token and of each forced token, [1 + steps, 2, vocabulary]."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)
