@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -234,16 +233,20 @@ def test_budget_and_rank() -> None:
     assert parse_rank("64") == 64
 
 
-def test_help_is_quick() -> None:
-    command = [sys.executable, "-m", "longshadow.cli", "generate", "--help"]
+@pytest.mark.parametrize("command", [["generate"], ["compensate"], ["adapter", "export"]])
+def test_help_loads_nothing_heavy(command: list[str]) -> None:
+    code = f"""
+import sys
+from longshadow.cli import app
+sys.argv = ["longshadow", *{command!r}, "--help"]
+try:
+    app()
+except SystemExit:
+    print([name for name in ("torch", "transformers", "numpy", "gguf", "safetensors") if name in sys.modules])
+"""
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - started)
-        assert "--prompt-file" in done.stdout
-    assert min(seconds) < 0.5
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]" and "--json" in done.stdout
 
 
 def test_env() -> None:
