@@ -36,8 +36,8 @@ def norm_scale(original: nn.Module, quantized: nn.Module, width: int) -> torch.T
 
 def unfolded(
     weights: dict[str, torch.Tensor], approximations: dict[str, torch.Tensor], scales: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The original's weights of one block at the scales of the quantised ones.
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The original's weights of one block at the scales of the quantised ones, and what their columns were scaled by.
 
     Args:
         weights, approximations: [m, n] by the names of the layers in the block.
@@ -45,11 +45,12 @@ def unfolded(
 
     Raises ValueError where weights are farther apart than quantisation can explain, as after a rotation.
     """
+    columns = dict(scales)
     result = {name: weight * scales[name] if name in scales else weight for name, weight in weights.items()}
     by_kind = {name.rpartition(".")[2]: name for name in weights}
     for first, second in FED_BY_ROWS:
         if first in by_kind and second in by_kind:
-            _unfold_pair(result, approximations, by_kind[first], by_kind[second])
+            _unfold_pair(result, approximations, columns, by_kind[first], by_kind[second])
     for name, weight in result.items():
         distance = float((weight - approximations[name]).norm() / weight.norm().clamp(min=1e-30))
         if distance > FARTHEST:
@@ -57,11 +58,15 @@ def unfolded(
                 f"{name} of the quantised model is no approximation of the original's ({distance:.0%} apart): it is "
                 "another model's, or was rotated, which cannot be compensated"
             )
-    return result
+    return result, columns
 
 
 def _unfold_pair(
-    weights: dict[str, torch.Tensor], approximations: dict[str, torch.Tensor], first: str, second: str
+    weights: dict[str, torch.Tensor],
+    approximations: dict[str, torch.Tensor],
+    columns: dict[str, torch.Tensor],
+    first: str,
+    second: str,
 ) -> None:
     """Where rows of `first` were divided by what columns of `second` were multiplied by, both weights are too.
 
@@ -75,3 +80,4 @@ def _unfold_pair(
     before, after = ((weights[second] - approximations[second]).norm(), (scaled - approximations[second]).norm())
     if after < NEARER * before:
         weights[first], weights[second] = weights[first] * rows.unsqueeze(1), scaled
+        columns[second] = 1 / rows

@@ -34,14 +34,19 @@ class MeasuredLayer:
     Attributes:
         weight, residual: W and R = W - W_quantised, [m, n] in fp32; W at the scales of the quantised weight.
         moments: of the inputs or of the errors.
+        input_scale: what the watched inputs are divided by to be those of the quantised layer, [n], if not 1.
         output_energy: E ||W x||^2.
     """
 
-    module: nn.Module
     weight: torch.Tensor
     residual: torch.Tensor
     moments: Moments
+    input_scale: torch.Tensor | None = None
     output_energy: float = 0.0
+
+    def inputs(self, watched: torch.Tensor) -> torch.Tensor:
+        """What the quantised layer is given where the watched one is given this."""
+        return watched if self.input_scale is None else watched / self.input_scale
 
     def spectrum(self) -> Spectrum:
         """Of its error."""
@@ -73,8 +78,7 @@ class Calibrator:
 
         Raises ValueError where the blocks do not match, weights are not finite, or too far apart.
         """
-        weights, residuals, groups = self._changed_weights(original, quantized, hidden, name)
-        modules = linear_layers(quantized)
+        weights, residuals, columns, groups = self._changed_weights(original, quantized, hidden, name)
         layers: dict[str, MeasuredLayer] = {}
         counting: set[str] = set()  # layers that fill moments: of a group that shares them, the first
         for members in groups:
@@ -84,10 +88,10 @@ class Calibrator:
             counting.update(members[:1] if cheaper else members)
             for member in members:
                 layers[member] = MeasuredLayer(
-                    module=modules[member],
                     weight=weights[member],
                     residual=residuals[member],
                     moments=shared if cheaper else ErrorMoments(residuals[member]),
+                    input_scale=columns.get(member) if self.of_original else None,
                 )
         energies = dict.fromkeys(layers, 0.0)
 
@@ -95,6 +99,7 @@ class Calibrator:
             if layer_name not in counting:
                 return
             layer = layers[layer_name]
+            inputs = layer.inputs(inputs)
             layer.moments.add(inputs)
             if isinstance(layer.moments, ErrorMoments):
                 outputs = inputs.flatten(0, -2).float() @ layer.weight.T
@@ -140,7 +145,7 @@ class Calibrator:
 
         def count(name: str, module: nn.Module, inputs: torch.Tensor) -> None:
             if name in second:
-                second[name].add(inputs)
+                second[name].add(measured[name].inputs(inputs))
 
         if second:
             run_block(block, hidden, count)
@@ -157,8 +162,8 @@ class Calibrator:
 
     def _changed_weights(
         self, original: nn.Module, quantized: nn.Module, hidden: HiddenStates, name: str
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[list[str]]]:
-        """W and R of the layers whose weights differ, and these layers in groups of equal inputs."""
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor], list[list[str]]]:
+        """W and R of the layers whose weights differ, scales folded into columns, and layers by equal inputs."""
         from accelerate.utils import align_module_device
 
         given, changed = linear_layers(original), linear_layers(quantized)
@@ -188,14 +193,14 @@ class Calibrator:
                     scale = norm_scale(*norms, weights[group.layers[0]].shape[1])
                 if scale is not None:
                     scales |= dict.fromkeys(group.layers, scale)
-        weights = unfolded(weights, approximations, scales)
+        weights, columns = unfolded(weights, approximations, scales)
         residuals = {
             layer_name: weight - approximations[layer_name]
             for layer_name, weight in weights.items()
             if not torch.equal(weight, approximations[layer_name])
         }
         members = [[layer_name for layer_name in group.layers if layer_name in residuals] for group in groups]
-        return weights, residuals, [group for group in members if group]
+        return weights, residuals, columns, [group for group in members if group]
 
 
 def _energy(weight: torch.Tensor, moments: InputMoments) -> float:

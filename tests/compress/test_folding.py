@@ -57,8 +57,21 @@ def test_nothing_is_found_where_nothing_was_folded() -> None:
     assert norm_scale(block.input_layernorm, other.input_layernorm, original.config.hidden_size) is None
     weights = {name: layer.weight.detach() for name, layer in block.mlp.named_children() if name.endswith("proj")}
     rounded = {name: other.mlp.get_submodule(name).weight.detach() for name in weights}
-    for name, weight in unfolded(weights, rounded, {}).items():
-        assert torch.equal(weight, weights[name])
+    same, columns = unfolded(weights, rounded, {})
+    assert not columns and all(torch.equal(same[name], weight) for name, weight in weights.items())
+
+
+def test_inputs_of_the_original_are_scaled_to_the_quantised_layers(samples: torch.Tensor) -> None:
+    """The error that a first block reports is that of its own inputs, wherever these are taken from."""
+    original = tiny_model()
+    quantized = round_to_nearest(fold(original), bits=3)
+    reports = [
+        compensate(original, quantized, samples, rank=4, propagate=propagate).layers
+        for propagate in ("quantized", "original")
+    ]
+    for name in ("self_attn.q_proj", "self_attn.v_proj"):
+        first, second = (vars(layers[f"model.layers.0.{name}"]) for layers in reports)
+        assert first == pytest.approx(second, rel=1e-4)
 
 
 def test_rotated_weights_are_refused(samples: torch.Tensor) -> None:
