@@ -68,12 +68,13 @@ def plan_compensation(
             original_on_disk=on_disk,
             available=available,
         )
-        for on_disk in (False, True)
+        # A GGUF file is always read whole.
+        for on_disk in ((False,) if original.lower().endswith(".gguf") else (False, True))
     ]
     plan = next((plan for plan in plans if plan.estimate.memory <= available), None)
     if plan is None:
         raise ValueError(
-            f"this needs {_gigabytes(plans[1].estimate.memory)} of memory, and {_gigabytes(available)} are "
+            f"this needs {_gigabytes(plans[-1].estimate.memory)} of memory, and {_gigabytes(available)} are "
             f"{'allowed' if options.max_memory else 'free'}: take a smaller --num-samples or --sequence-length"
         )
     folder = next(path for path in (output, *output.absolute().parents) if path.exists())

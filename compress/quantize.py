@@ -1,5 +1,6 @@
 """`--quantize`: a quantised model for those who have none yet, made by the library whose format it is."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from longshadow.compress.adapters.atomic import whole_folder
 from longshadow.compress.blocks import decoder_blocks, linear_layers
 from longshadow.models import DEMO_NAME, demo_folder
 
+MADE = "longshadow_quantize.json"
 SCHEMES = "nf4, int8:gGROUP, int4:gGROUP, int3:gGROUP, int2:gGROUP (such as int4:g64) and 2:4"
 
 
 def quantize_model(original: str, scheme: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes the quantised model and its tokenizer to `folder`: whole or not at all.
+    """Writes the quantised model and its tokenizer to `folder`: whole or not at all; once, for the same arguments.
 
     Args:
         original: a hub id, a folder, or `demo`.
@@ -27,6 +29,9 @@ def quantize_model(original: str, scheme: str, folder: Path, *, dtype: torch.dty
 
     Raises ValueError for an unknown scheme, a missing library, and a folder that holds something.
     """
+    made = json.dumps({"original": original, "scheme": scheme, "dtype": str(dtype)})
+    if (folder / MADE).is_file() and (folder / MADE).read_text(encoding="utf-8") == made:
+        return  # by an earlier run, which may have been stopped later on
     options = {"quantization_config": quantization_config(scheme)} if scheme != "2:4" else {}
     source = str(demo_folder()) if original == DEMO_NAME else original
     with whole_folder(folder) as partial:
@@ -35,6 +40,7 @@ def quantize_model(original: str, scheme: str, folder: Path, *, dtype: torch.dty
             prune_two_of_four(model)
         model.save_pretrained(partial)
         AutoTokenizer.from_pretrained(source).save_pretrained(partial)
+        (partial / MADE).write_text(made, encoding="utf-8")
 
 
 def quantization_config(scheme: str) -> Any:

@@ -101,18 +101,19 @@ def compensate(
             dtype=getattr(torch, dtype.value),
             max_memory=None if max_memory is None else parse_bytes(max_memory),
         )
-        if quantize is not None and not dry_run:
-            from longshadow.compress.quantize import quantize_model
-
-            quantize_model(original, quantize, Path(quantized))
-        if dry_run:
+        if quantize is not None or dry_run:
             present = quantized if quantize is None else original  # of the size of what is yet to be made, at least
             plan = plan_compensation(original, present, output, options, device=device)
+        if dry_run:
             if json_output:
                 print(json.dumps(plan.to_dict()))
             else:
                 print_plan(plan)
             return
+        if quantize is not None:
+            from longshadow.compress.quantize import quantize_model
+
+            quantize_model(original, quantize, Path(quantized))
         with LayerBar("compensating") as bar:
             report = run_compensation(original, quantized, output, options, device=device, on_block=bar.update)
         if json_output:

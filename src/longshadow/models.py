@@ -3,6 +3,8 @@
 import importlib.metadata
 import json
 import re
+import shutil
+import weakref
 from base64 import urlsafe_b64decode
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,7 +200,8 @@ def _load_pretrained(
         limits: dict[str | int, int] = {"cpu": max_memory if device.type == "cpu" else 0}
         if device.type != "cpu":
             limits[device.index or 0] = max_memory
-        place = {"device_map": "auto", "max_memory": limits, "offload_folder": mkdtemp(prefix="longshadow-")}
+        offloaded = mkdtemp(prefix="longshadow-")
+        place = {"device_map": "auto", "max_memory": limits, "offload_folder": offloaded}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **place)
@@ -208,6 +211,8 @@ def _load_pretrained(
     except Exception as error:
         raise ValueError(_loading_message(source, error)) from error
     model, loading = loaded
+    if max_memory is not None:
+        weakref.finalize(model, shutil.rmtree, offloaded, ignore_errors=True)
     if loading["missing_keys"]:
         example = sorted(loading["missing_keys"])[0]
         raise ValueError(

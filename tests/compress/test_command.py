@@ -94,6 +94,12 @@ def test_an_original_on_disk(models: tuple[Path, Path], tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["layers"] == json.loads(whole.stdout)["layers"]
     assert not (tmp_path / "dry").exists()
+    fisher = [
+        run(*models, tmp_path / name, "--method", "fisher", "--json", *given)
+        for name, given in (("fisher", ()), ("fisher on disk", ("--max-memory", str(limit))))
+    ]
+    first, second = (json.loads(found.stdout)["layers"] for found in fisher)
+    assert first == second
 
 
 def test_a_run_that_was_stopped_goes_on(
@@ -117,6 +123,16 @@ def test_a_run_that_was_stopped_goes_on(
     assert json.loads(again.stdout) == json.loads(whole.stdout)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "adapter" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_model_that_is_quantised_first(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """What cannot be done is said before anything is made, and the same command can be given again."""
+    original = models[0]
+    short = run(original, tmp_path / "pruned", tmp_path / "adapter", "--quantize", "2:4", "--max-memory", "10kB")
+    assert short.exit_code == 2 and not list(tmp_path.iterdir())
+    for name in ("first", "second"):
+        result = run(original, tmp_path / "pruned", tmp_path / name, "--quantize", "2:4", "--rank", "4")
+        assert result.exit_code == 0, result.stderr
 
 
 def test_a_dry_run_writes_nothing(models: tuple[Path, Path], tmp_path: Path) -> None:

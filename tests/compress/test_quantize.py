@@ -22,6 +22,12 @@ SIZES: dict[str, Any] = dict(
 def test_two_of_four(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "original")
     quantize_model(str(source), "2:4", tmp_path / "quantized", dtype=torch.float32)
+    weights = tmp_path / "quantized" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    quantize_model(str(source), "2:4", tmp_path / "quantized", dtype=torch.float32)  # nothing is left to do
+    assert weights.stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="holds something already"):
+        quantize_model(str(source), "2:4", tmp_path / "quantized")
     pruned = load_model(str(tmp_path / "quantized"), device="cpu").model
     for block, original in zip(decoder_blocks(pruned), decoder_blocks(tiny_model()), strict=True):
         for name, layer in linear_layers(block).items():
