@@ -113,7 +113,8 @@ def test_a_fork_leaves_the_original_alone(model, tokens):
     before = shared.layers[0].keys.clone()
     one_by_one(model, shared.fork(), tokens[PROMPT:])
     assert shared.get_seq_length() == PROMPT
-    assert torch.equal(shared.layers[0].keys, before)
+    # What lies behind the tokens was never written, and may be NaN by chance.
+    torch.testing.assert_close(shared.layers[0].keys, before, rtol=0, atol=0, equal_nan=True)
 
 
 def select(name, fraction, queries, keys, layer):
