@@ -21,7 +21,9 @@ _LAYER = "_longshadow_layer"
 
 
 class AttendingLayer(Protocol):
-    """The cache layer's side of the hand-off."""
+    """The cache layer's side of the hand-off; `is_sliding`: it sees to the attention's sliding window."""
+
+    is_sliding: bool
 
     def attend(
         self,
@@ -80,7 +82,7 @@ def attention_forward(
     )
     with torch.no_grad():
         if layer is not None:
-            if sliding_window is not None:
+            if sliding_window is not None and not layer.is_sliding:
                 raise RuntimeError(f"{type(module).__name__} has a sliding window, its cache layer does not")
             out = layer.attend(query, key, value, attention_mask, position_ids, parameters)
         elif expected is not None and expected() is not None:

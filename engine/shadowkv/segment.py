@@ -78,6 +78,26 @@ class LowRankKeys:
         self._basis_HrD = basis.rows.unflatten(1, (num_heads, head_dim)).transpose(0, 1).to(dtype).contiguous()
         self._mean_H1D = basis.mean.view(num_heads, 1, head_dim).to(dtype)
 
+    @classmethod
+    def restore(
+        cls,
+        coefficients: RowStore,
+        basis: list[torch.Tensor],
+        rotation: Rotation | None,
+        layout: RotaryLayout | None,
+        config: ShadowKVConfig,
+        *,
+        energy_kept: float,
+    ) -> "LowRankKeys":
+        """Keys from their factors; `basis`: [H, r, D] and the mean [H, 1, D]."""
+        keys = cls.__new__(cls)
+        keys._rotation, keys._layout = rotation, layout
+        keys._basis_HrD, keys._mean_H1D = basis
+        keys._num_heads, keys.rank = keys._basis_HrD.shape[:2]
+        keys._chunk_size, keys.energy_kept = config.chunk_size, energy_kept
+        keys._coefficients = coefficients
+        return keys
+
     def gather(self, chunks_Hk: torch.Tensor) -> torch.Tensor:
         """Rebuilds the keys of each head's own chunks, [H, k, c, D]."""
         num_heads, num_chunks = chunks_Hk.shape
@@ -126,6 +146,15 @@ class StoredChunks:
             int8=config.value_dtype == "int8",
             host=config.value_store == "host",
         )
+
+    @classmethod
+    def restore(cls, rows: RowStore, config: ShadowKVConfig, *, part: str, num_heads: int) -> "StoredChunks":
+        """Vectors from their rows."""
+        stored = cls.__new__(cls)
+        stored._part, stored._num_heads, stored._chunk_size = part, num_heads, config.chunk_size
+        stored._num_chunks = rows.tensors[0].shape[0] // num_heads
+        stored._rows = rows
+        return stored
 
     def gather(self, chunks_Hk: torch.Tensor) -> torch.Tensor:
         """The vectors of each head's own chunks, [H, k, c, D]."""
@@ -237,5 +266,45 @@ def compress(
         exact_chunks=exact_chunks,
         exact_keys=keys_HnD.unflatten(1, (-1, config.chunk_size))[heads, exact_chunks].flatten(1, 2),
         exact_values=values_HnD.unflatten(1, (-1, config.chunk_size))[heads, exact_chunks].flatten(1, 2),
+        energy_kept=energy_kept,
+    )
+
+
+def restore(
+    parts: dict[str, list[torch.Tensor]],
+    rotation: Rotation | None,
+    layout: RotaryLayout | None,
+    config: ShadowKVConfig,
+    *,
+    energy_kept: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Segment:
+    """The segment whose `tensors` are `parts`, copied to where they belong: keys and values in `dtype` on `device`.
+
+    The inverse of `Segment.tensors`, but for the rotation, which many segments may share.
+    """
+    host = config.value_store == "host"
+    exact_chunks, exact_keys, exact_values = (tensor.to(device, copy=True) for tensor in parts["exact chunks"])
+    num_heads = exact_keys.shape[0]
+    landmarks = RowStore.restore(parts["landmarks"], dtype=dtype, device=device)
+    keys: KeySource
+    if config.key_store == "exact":
+        rows = RowStore.restore(parts["keys"], dtype=dtype, device=device, host=host)
+        keys = StoredChunks.restore(rows, config, part="keys", num_heads=num_heads)
+    else:
+        coefficients = RowStore.restore(parts["factors"], dtype=dtype, device=device)
+        basis = [tensor.to(device, copy=True) for tensor in parts["basis"]]
+        keys = LowRankKeys.restore(coefficients, basis, rotation, layout, config, energy_kept=energy_kept)
+    value_rows = RowStore.restore(parts["values"], dtype=dtype, device=device, host=host)
+    return Segment(
+        num_tokens=landmarks.tensors[0].shape[1] * config.chunk_size,
+        chunk_size=config.chunk_size,
+        keys=keys,
+        values=StoredChunks.restore(value_rows, config, part="values", num_heads=num_heads),
+        landmarks=landmarks,
+        exact_chunks=exact_chunks,
+        exact_keys=exact_keys,
+        exact_values=exact_values,
         energy_kept=energy_kept,
     )

@@ -30,11 +30,22 @@ class RowStore:
             self._scales_Rg = self._place(scales, host)
         self._rows_Rgw = self._place(rows_Rgw, host)
 
+    @classmethod
+    def restore(
+        cls, tensors: list[torch.Tensor], *, dtype: torch.dtype, device: torch.device, host: bool = False
+    ) -> "RowStore":
+        """A copy of a store from its `tensors`, which may be elsewhere; rows come out in `dtype` on `device`."""
+        store = cls.__new__(cls)
+        store.device, store.dtype = device, dtype
+        store._rows_Rgw = store._place(tensors[0], host)
+        store._scales_Rg = store._place(tensors[1], host) if len(tensors) > 1 else None
+        return store
+
     def _place(self, source: torch.Tensor, host: bool) -> torch.Tensor:
-        if not host or source.device.type == "cpu":
-            return source.clone(memory_format=torch.contiguous_format)
+        if not host or self.device.type == "cpu":
+            return source.to(self.device, copy=True, memory_format=torch.contiguous_format)
         target = torch.empty(source.shape, dtype=source.dtype)
-        if source.device.type == "cuda":
+        if self.device.type == "cuda":
             _pin(self, target)
         return target.copy_(source)
 
@@ -87,10 +98,11 @@ def _unpin(tensor: torch.Tensor) -> None:
 class ExactTokens:
     """Exact keys and values of consecutive tokens of one sequence, [H, n, D] each, in a buffer that grows."""
 
-    def __init__(self, *, device: torch.device | None = None) -> None:
-        """`device`: where to hold them; None = where the first ones come from."""
+    def __init__(self, *, device: torch.device | None = None, capacity: int = 0) -> None:
+        """`device`: where to hold them; None = where the first ones come from. `capacity`: tokens to make room for."""
         self.num_tokens = 0
         self._device = device
+        self._capacity = capacity
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
 
@@ -106,7 +118,8 @@ class ExactTokens:
     def _grown(self, buffer: torch.Tensor | None, like: torch.Tensor, needed: int) -> torch.Tensor:
         if buffer is not None and buffer.shape[1] >= needed:
             return buffer
-        capacity = needed + max(MINIMUM_GROWTH, self.num_tokens // 4)
+        grown_capacity = needed + max(MINIMUM_GROWTH, self.num_tokens // 4)
+        capacity = self._capacity if needed <= self._capacity else grown_capacity
         grown = torch.empty(
             like.shape[0], capacity, like.shape[2], dtype=like.dtype, device=self._device or like.device
         )
