@@ -21,6 +21,10 @@ SKIPS = Path(__file__).parent / "skips.txt"
 
 torch.set_num_threads(NUM_THREADS)
 
+if not torch.cuda.is_available():
+    # Triton reads it when it is imported; its kernels then run in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

@@ -15,9 +15,11 @@ from pathlib import Path
 from longshadow import __version__
 
 CACHE_VARIABLE = "LONGSHADOW_CACHE"
-# The first is the package's own; the others change what it does through the libraries it stands on.
+BACKEND_VARIABLE = "LONGSHADOW_BACKEND"
+# The first two are the package's own; the others change what it does through the libraries it stands on.
 VARIABLES = (
     CACHE_VARIABLE,
+    BACKEND_VARIABLE,
     "XDG_CACHE_HOME",
     "HF_HOME",
     "HF_HUB_OFFLINE",
@@ -40,6 +42,11 @@ def cache_folder() -> Path:
     # The XDG specification has relative paths ignored.
     base = Path(shared) if os.path.isabs(shared) else Path.home() / ".cache"
     return base / "longshadow"
+
+
+def backend() -> str | None:
+    """The backend of the operators that `LONGSHADOW_BACKEND` asks for, None where it is not set."""
+    return os.environ.get(BACKEND_VARIABLE) or None
 
 
 def facts() -> dict[str, str]:
