@@ -91,7 +91,7 @@ def candidates(measured: Measured, method: str, ranks: tuple[int, ...], dtype: t
             moments = InputMoments.of(weighted(kind, layer.moments.matrix))  # type: ignore[arg-type]
             spectrum = spectrum_of(layer.residual, moments)
             for rank in ranks:
-                factors = factors_of(layer.residual, spectrum, rank)
+                factors = factors_of(layer.residual, spectrum.directions[:, :rank])
                 found[rank][name] = cast_factors(factors, layer.residual, moments, dtype)
     return found
 
@@ -108,7 +108,10 @@ def _spread(measured: Measured, ranks: tuple[int, ...], dtype: torch.dtype) -> M
         chosen = allocate(gains, budget, multiple=RANK_MULTIPLE)
         found[rank] = {
             name: cast_factors(
-                factors_of(layer.residual, spectra[name], chosen[name]), layer.residual, layer.moments, dtype
+                factors_of(layer.residual, spectra[name].directions[:, : chosen[name]]),
+                layer.residual,
+                layer.moments,
+                dtype,
             )
             for name, layer in measured.layers.items()
             if chosen[name]

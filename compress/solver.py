@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from longshadow.compress import krylov
 from longshadow.compress.statistics import InputMoments, Moments, RefitMoments
 
 Method = Literal["eora", "diagonal", "svd", "fisher"]
@@ -69,11 +70,19 @@ def spectrum_of(residual: torch.Tensor, moments: Moments) -> Spectrum:
     )
 
 
-def factors_of(residual: torch.Tensor, spectrum: Spectrum, rank: int) -> Factors:
-    """B = U_r and A = U_r^T R in fp64; the best of all factors of that rank. Ranks beyond k give the rank k."""
-    if rank < 1:
-        raise ValueError(f"the rank must be at least 1, got {rank}")
-    directions = spectrum.directions[:, :rank]
+def leading_directions(residual: torch.Tensor, moments: Moments, rank: int) -> torch.Tensor:
+    """The first `rank` directions of the spectrum, [m, r] (at most its k); large layers need no whole spectrum."""
+    residual = residual.double()
+    if krylov.is_worthwhile(min(residual.shape), rank):
+        product = moments.error_operator(residual)
+        directions = krylov.leading_eigenvectors(product, len(residual), rank, device=residual.device)
+        if directions is not None:
+            return directions
+    return spectrum_of(residual, moments).directions[:, :rank]
+
+
+def factors_of(residual: torch.Tensor, directions: torch.Tensor) -> Factors:
+    """B = U and A = U^T R in fp64: with U the r leading directions [m, r], the best of all factors of that rank."""
     return Factors(lora_b=directions, lora_a=directions.T @ residual.double())
 
 
@@ -157,6 +166,8 @@ def solve(
 
     Raises ValueError for a rank below 1 and for factors that `dtype` cannot hold.
     """
+    if rank < 1:
+        raise ValueError(f"the rank must be at least 1, got {rank}")
     assert method == "eora" or isinstance(moments, InputMoments)
     used, target = moments, residual.double()
     if method in ("diagonal", "svd") and isinstance(moments, InputMoments):
@@ -165,7 +176,7 @@ def solve(
         if output_weights is None or output_weights.shape != residual.shape[:1] or bool((output_weights < 0).any()):
             raise ValueError(f"the method fisher needs {len(residual)} output weights of at least 0")
         target = output_weights.double().sqrt().unsqueeze(1) * target
-    factors = factors_of(target, spectrum_of(target, used), rank)
+    factors = factors_of(target, leading_directions(target, used, rank))
     if method == "fisher" and isinstance(moments, InputMoments):
         # Weights of rows change which A is best, but for a given A each row of B is a least-squares problem of its own.
         lora_a = torch.nn.functional.normalize(factors.lora_a)

@@ -3,7 +3,7 @@
 Legend: N tokens, n inputs of a layer, m outputs; R [m, n] the residual, what quantisation took from the weight.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, Self
 
 import torch
@@ -20,6 +20,10 @@ class Moments(Protocol):
 
     def error_gram(self, residual: torch.Tensor) -> torch.Tensor:
         """G = R C R^T, [m, m]: the second moment of the error that the residual [m, n] makes, in fp64."""
+        ...
+
+    def error_operator(self, residual: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What multiplies a block [m, b] with G, in fp64, without making G where that is dear."""
         ...
 
 
@@ -57,6 +61,12 @@ class InputMoments:
         residual = residual.double()
         return residual @ self.matrix @ residual.T
 
+    def error_operator(self, residual: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """As `Moments`."""
+        residual, matrix = residual.double(), self.matrix
+        # Wide by tall products, the block's rows first, are faster on a CPU than tall by thin ones.
+        return lambda block: (((block.T @ residual) @ matrix) @ residual.T).T
+
 
 class ErrorMoments:
     """G = mean (R x)(R x)^T over tokens, [m, m], of one residual: the smaller matrix where m is less than n."""
@@ -77,6 +87,11 @@ class ErrorMoments:
         """As `Moments`, for the residual it was made for."""
         assert torch.equal(residual.float(), self._residual)
         return _mean(self._sum, self.num_tokens)
+
+    def error_operator(self, residual: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """As `Moments`, for the residual it was made for."""
+        gram = self.error_gram(residual)
+        return lambda block: gram @ block
 
 
 class RefitMoments:

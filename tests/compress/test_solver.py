@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longshadow.compress.solver import cast_factors, factors_of, remaining_error, solve, spectrum_of
+from longshadow.compress import krylov
+from longshadow.compress.solver import (
+    cast_factors,
+    factors_of,
+    leading_directions,
+    remaining_error,
+    solve,
+    spectrum_of,
+)
 from longshadow.compress.statistics import ErrorMoments, InputMoments, input_moments_are_cheaper
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
@@ -48,7 +56,7 @@ def test_solution_is_the_textbooks(shape: tuple[int, int], rank: int) -> None:
     expected = textbook(residual, moments.matrix, rank)
     torch.testing.assert_close(solve(residual, moments, rank).product, expected, rtol=0, atol=1e-8)
     spectrum = spectrum_of(residual, moments)
-    left = remaining_error(residual, factors_of(residual, spectrum, rank), moments.matrix)
+    left = remaining_error(residual, factors_of(residual, spectrum.directions[:, :rank]), moments.matrix)
     # The eigenvalues say in advance what is left.
     assert left == pytest.approx(
         spectrum.total_error - float(spectrum.gains[:rank].sum()), abs=1e-9 * spectrum.total_error
@@ -61,8 +69,29 @@ def test_error_moments_give_the_same_directions(shape: tuple[int, int]) -> None:
     errors = ErrorMoments(residual)
     for part in inputs.split(37):
         errors.add(part)
-    actual = factors_of(residual, spectrum_of(residual, errors), 4).product
+    actual = factors_of(residual, spectrum_of(residual, errors).directions[:, :4]).product
     torch.testing.assert_close(actual, textbook(residual, exact_moments(inputs).matrix, 4), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(200, 500), (500, 200)])
+@pytest.mark.parametrize("case", ["as they are", "one massive token", "fewer tokens than channels"])
+@pytest.mark.parametrize("counted", ["inputs", "errors"])
+def test_large_layers_lose_nothing_by_iterating(shape: tuple[int, int], case: str, counted: str) -> None:
+    """Where only the leading directions are made, they take away what the whole spectrum says they can."""
+    rank = 4
+    assert krylov.is_worthwhile(min(shape), rank)
+    residual, inputs = layer(shape, tokens=1000)
+    inputs = ODD_INPUTS.get(case, lambda inputs: inputs)(inputs)
+    covariance = inputs.T @ inputs / len(inputs)
+    moments: InputMoments | ErrorMoments = InputMoments.of(covariance)
+    spectrum = spectrum_of(residual, moments)
+    if counted == "errors":
+        moments = ErrorMoments(residual)
+        moments.add(inputs)
+    left = remaining_error(residual, factors_of(residual, leading_directions(residual, moments, rank)), covariance)
+    assert left == pytest.approx(
+        spectrum.total_error - float(spectrum.gains[:rank].sum()), abs=2e-6 * spectrum.total_error
+    )
 
 
 ODD_INPUTS: dict[str, Any] = {
@@ -88,7 +117,7 @@ def test_odd_inputs(shape: tuple[int, int], case: str) -> None:
     slack = 1e-6 * max(before, 1e-12)  # moments come from products in fp32
     for worse, better in zip([before, *errors], errors, strict=False):
         assert better <= worse + slack
-    full = factors_of(residual, spectrum_of(residual, moments), min(shape)).product
+    full = factors_of(residual, spectrum_of(residual, moments).directions[:, : min(shape)]).product
     torch.testing.assert_close(full, residual, rtol=0, atol=1e-9)
 
 
@@ -146,7 +175,7 @@ def test_fisher_weighs_outputs() -> None:
 def test_casting_makes_b_anew(dtype: torch.dtype) -> None:
     residual, inputs = layer((20, 32))
     moments = exact_moments(inputs)
-    exact = factors_of(residual, spectrum_of(residual, moments), 8)
+    exact = factors_of(residual, spectrum_of(residual, moments).directions[:, :8])
     cast = cast_factors(exact, residual, moments, dtype)
     assert cast.lora_a.dtype == cast.lora_b.dtype == dtype
     torch.testing.assert_close(
