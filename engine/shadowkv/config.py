@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_BUDGET_FRACTION = 0.0156
 DEFAULT_BUDGET_TOKENS = 512
@@ -46,7 +47,8 @@ class ShadowKVConfig:
         key_store: "low_rank" rebuilds selected keys; "exact" stores them beside the values.
         value_store: "host" (main memory, pinned where there is a GPU) or "device".
         value_dtype: None (the model's) or "int8" (a scale per token and head), also for exact stored keys.
-        factor_dtype: None (the model's) or "int8" for the low-rank factor and the landmarks.
+        factor_dtype: None (the model's), "int8" or "fp8" (e4m3) for the low-rank factor, a scale per token, and the
+            landmarks, a scale per chunk and head. int8 is the more accurate of the two.
         prefill_chunk_size: must equal `generate(prefill_chunk_size=...)` when prompts are prefilled in
             chunks (default: the model's generation_config's): forwards of exactly this many tokens are
             taken as unfinished prompts and stay exact until the prompt's last chunk.
@@ -71,7 +73,7 @@ class ShadowKVConfig:
     key_store: Literal["low_rank", "exact"] = "low_rank"
     value_store: Literal["device", "host"] = "host"
     value_dtype: Literal["int8"] | None = None
-    factor_dtype: Literal["int8"] | None = None
+    factor_dtype: Literal["int8", "fp8"] | None = None
     prefill_chunk_size: int | None = None
     sparse_prompts: bool = False
 
@@ -99,7 +101,7 @@ class ShadowKVConfig:
         _check_one_of("key_store", self.key_store, ("low_rank", "exact"))
         _check_one_of("value_store", self.value_store, ("device", "host"))
         _check_one_of("value_dtype", self.value_dtype, (None, "int8"))
-        _check_one_of("factor_dtype", self.factor_dtype, (None, "int8"))
+        _check_one_of("factor_dtype", self.factor_dtype, (None, "int8", "fp8"))
 
     def budget(self, num_tokens: int) -> int:
         """Tokens to select per step and KV head when `num_tokens` are stored."""
@@ -109,7 +111,7 @@ class ShadowKVConfig:
             return math.ceil(self.budget_fraction * num_tokens)
         return max(math.ceil(DEFAULT_BUDGET_FRACTION * num_tokens), DEFAULT_BUDGET_TOKENS)
 
-    def num_resident_chunks(self, num_candidates: int, device: torch.device) -> int:
+    def num_resident_chunks(self, num_candidates: int, device: "torch.device") -> int:
         """Slots for `num_candidates` chunks per step and KV head."""
         factor = self.resident_factor
         if factor is None:

@@ -72,9 +72,7 @@ class LowRankKeys:
         self.rank = basis.rows.shape[0]
         dtype = keys_HnD.dtype
         coefficients = torch.cat([basis.coefficients(joint_keys(block)).to(dtype) for block in blocks])
-        self._coefficients = RowStore(
-            coefficients.unflatten(0, (-1, config.chunk_size)), int8=config.factor_dtype == "int8"
-        )
+        self._coefficients = RowStore(coefficients.unflatten(0, (-1, config.chunk_size)), quantized=config.factor_dtype)
         self._basis_HrD = basis.rows.unflatten(1, (num_heads, head_dim)).transpose(0, 1).to(dtype).contiguous()
         self._mean_H1D = basis.mean.view(num_heads, 1, head_dim).to(dtype)
 
@@ -143,7 +141,7 @@ class StoredChunks:
         self._num_chunks = tokens_HnD.shape[1] // config.chunk_size
         self._rows = RowStore(
             tokens_HnD.unflatten(1, (-1, config.chunk_size)).flatten(0, 1),
-            int8=config.value_dtype == "int8",
+            quantized=config.value_dtype,
             host=config.value_store == "host",
         )
 
@@ -262,7 +260,7 @@ def compress(
         chunk_size=config.chunk_size,
         keys=keys,
         values=values,
-        landmarks=RowStore(landmarks.to(keys_HnD.dtype), int8=config.factor_dtype == "int8"),
+        landmarks=RowStore(landmarks.to(keys_HnD.dtype), quantized=config.factor_dtype),
         exact_chunks=exact_chunks,
         exact_keys=keys_HnD.unflatten(1, (-1, config.chunk_size))[heads, exact_chunks].flatten(1, 2),
         exact_values=values_HnD.unflatten(1, (-1, config.chunk_size))[heads, exact_chunks].flatten(1, 2),

@@ -3,30 +3,41 @@
 Legend: R rows, g groups of a row that share a scale, w elements of a group, H KV heads, n tokens, D head_dim.
 """
 
-import logging
 import weakref
+from typing import Literal
 
 import torch
+from transformers.utils import logging
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 MINIMUM_GROWTH = 64
 
+RowDtype = Literal["int8", "fp8"]
+# The element type and its largest finite number.
+ROW_DTYPES: dict[RowDtype, tuple[torch.dtype, float]] = {
+    "int8": (torch.int8, 127.0),
+    "fp8": (torch.float8_e4m3fn, 448.0),
+}
+
 
 class RowStore:
-    """An immutable table of rows [R, g, w], gathered by index; int8 rows carry an fp32 scale per group.
+    """An immutable table of rows [R, g, w], gathered by index; quantised rows carry an fp32 scale per group.
 
-    int8: x ~ q * scale with scale = max |x| / 127 over the group (symmetric, round to nearest).
+    x ~ q * scale with scale = max |x| / largest over the group and q rounded to nearest: "int8" (largest 127) or
+    "fp8" (e4m3, largest 448).
     """
 
-    def __init__(self, rows_Rgw: torch.Tensor, *, int8: bool = False, host: bool = False) -> None:
+    def __init__(self, rows_Rgw: torch.Tensor, *, quantized: RowDtype | None = None, host: bool = False) -> None:
         """Copies `rows_Rgw`; `host` puts them into main memory, pinned when the source is on a GPU."""
         self.device = rows_Rgw.device
         self.dtype = rows_Rgw.dtype
         self._scales_Rg: torch.Tensor | None = None
-        if int8:
-            scales = rows_Rgw.float().abs().amax(-1).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
-            rows_Rgw = (rows_Rgw.float() / scales.unsqueeze(-1)).round_().to(torch.int8)
+        if quantized is not None:
+            element, largest = ROW_DTYPES[quantized]
+            scales = rows_Rgw.float().abs().amax(-1).div_(largest).clamp_(min=torch.finfo(torch.float32).tiny)
+            rows_Rgw = rows_Rgw.float() / scales.unsqueeze(-1)
+            rows_Rgw = (rows_Rgw if element.is_floating_point else rows_Rgw.round_()).to(element)
             self._scales_Rg = self._place(scales, host)
         self._rows_Rgw = self._place(rows_Rgw, host)
 
@@ -53,13 +64,13 @@ class RowStore:
         """Rows by index [m] -> [m, g, w], in the source's dtype and on its device."""
         rows = rows.to(self._rows_Rgw.device)
         scales = None if self._scales_Rg is None else self._scales_Rg.index_select(0, rows)
-        return self._unpack(self._rows_Rgw.index_select(0, rows), scales)
+        return self._unpack(_select(self._rows_Rgw, rows), scales)
 
     def gather_groups(self, groups: torch.Tensor) -> torch.Tensor:
         """Single groups by flat index row * g + group [m] -> [m, w], in the source's dtype and on its device."""
         groups = groups.to(self._rows_Rgw.device)
         scales = None if self._scales_Rg is None else self._scales_Rg.flatten().index_select(0, groups)
-        return self._unpack(self._rows_Rgw.flatten(0, 1).index_select(0, groups), scales)
+        return self._unpack(_select(self._rows_Rgw.flatten(0, 1), groups), scales)
 
     def slice(self, start: int, stop: int) -> torch.Tensor:
         """Rows start .. stop of every leading block: the store as [stop - start, g, w]."""
@@ -73,9 +84,31 @@ class RowStore:
         return (rows.to(torch.float32) * scales.to(self.device, non_blocking=True).unsqueeze(-1)).to(self.dtype)
 
     @property
+    def rows(self) -> torch.Tensor:
+        """What is stored, [R, g, w], contiguous: the rows themselves, int8, or float8_e4m3fn."""
+        return self._rows_Rgw
+
+    @property
+    def scales(self) -> torch.Tensor | None:
+        """fp32 scales of quantised rows, [R, g], contiguous."""
+        return self._scales_Rg
+
+    @property
+    def addressable(self) -> bool:
+        """Whether kernels on the device can read the store where it is: on it, or in pinned host memory."""
+        return all(tensor.device == self.device or tensor.is_pinned() for tensor in self.tensors)
+
+    @property
     def tensors(self) -> list[torch.Tensor]:
-        """Everything that is held in memory."""
+        """Everything that is held in memory: the rows, then their scales."""
         return [self._rows_Rgw] if self._scales_Rg is None else [self._rows_Rgw, self._scales_Rg]
+
+
+def _select(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`index_select` of the first dimension; float8 rows are moved as bytes."""
+    if rows.dtype == torch.float8_e4m3fn:
+        return rows.view(torch.uint8).index_select(0, index).view(rows.dtype)
+    return rows.index_select(0, index)
 
 
 def _pin(owner: object, tensor: torch.Tensor) -> None:
@@ -88,7 +121,7 @@ def _pin(owner: object, tensor: torch.Tensor) -> None:
         # Holding the tensor keeps the memory alive until it has been unregistered.
         weakref.finalize(owner, _unpin, tensor)
     else:
-        logger.warning("host memory could not be pinned (%d bytes); transfers will be slower", tensor.nbytes)
+        logger.warning_once("host memory could not be pinned: values stay in pageable memory, and decoding is slower")
 
 
 def _unpin(tensor: torch.Tensor) -> None:
@@ -114,6 +147,13 @@ class ExactTokens:
         self._keys[:, self.num_tokens : stop] = keys_HnD
         self._values[:, self.num_tokens : stop] = values_HnD
         self.num_tokens = stop
+
+    def make_room(self, num_tokens: int) -> None:
+        """Grows the buffers, where needed, so that as many more tokens fit; there are some already."""
+        stop = self.num_tokens + num_tokens
+        assert self._keys is not None and self._values is not None
+        self._keys = self._grown(self._keys, self._keys, stop)
+        self._values = self._grown(self._values, self._values, stop)
 
     def _grown(self, buffer: torch.Tensor | None, like: torch.Tensor, needed: int) -> torch.Tensor:
         if buffer is not None and buffer.shape[1] >= needed:

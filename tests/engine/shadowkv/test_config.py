@@ -23,6 +23,7 @@ from longshadow.engine.shadowkv import ShadowKVConfig
         (dict(resident_factor=0.5), "resident_factor must be 0 or at least 1"),
         (dict(key_store="low-rank"), "key_store must be one of 'low_rank', 'exact'"),
         (dict(value_dtype="int4"), "value_dtype must be one of None, 'int8'"),
+        (dict(factor_dtype="fp16"), "factor_dtype must be one of None, 'int8', 'fp8'"),
         (dict(prefill_chunk_size=1), "prefill_chunk_size must be at least 2"),
     ],
 )

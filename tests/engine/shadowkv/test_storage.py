@@ -1,5 +1,7 @@
 """Row stores and the growing buffer."""
 
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given
@@ -20,12 +22,38 @@ def test_plain_rows_come_back_exactly(dtype: torch.dtype) -> None:
 
 def test_int8_error_is_half_a_step_of_each_group() -> None:
     rows = torch.randn(11, 3, 64) * torch.logspace(-3, 3, 11).view(-1, 1, 1)
-    store = RowStore(rows, int8=True)
+    store = RowStore(rows, quantized="int8")
     step = rows.abs().amax(-1, keepdim=True) / 127
     assert ((store.slice(0, 11) - rows).abs() <= 0.5001 * step).all()
     assert torch.equal(store.gather(torch.tensor([4])), store.slice(4, 5))
     assert sum(tensor.nbytes for tensor in store.tensors) == rows.numel() + 11 * 3 * 4
-    assert RowStore(torch.zeros(1, 1, 4), int8=True).slice(0, 1).abs().max() == 0
+    assert RowStore(torch.zeros(1, 1, 4), quantized="int8").slice(0, 1).abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_error_is_half_a_step_of_its_three_bits(dtype: torch.dtype) -> None:
+    rows = (torch.randn(11, 3, 64) * torch.logspace(-3, 3, 11).view(-1, 1, 1)).to(dtype)
+    store = RowStore(rows, quantized="fp8")
+    largest = rows.float().abs().amax(-1, keepdim=True)
+    error = (store.slice(0, 11).float() - rows.float()).abs()
+    # Half a step: 2^-4 of normal numbers, 2^-10 x scale of those below 2^-6 x scale; and the result's own rounding.
+    rounding = torch.finfo(dtype).eps * rows.float().abs()
+    assert (error <= torch.maximum(rows.float().abs() / 16, largest / 448 / 1024) * 1.001 + rounding).all()
+    assert store.slice(0, 11).float().abs().amax(-1, keepdim=True).allclose(largest, rtol=2 * torch.finfo(dtype).eps)
+    assert torch.equal(store.gather(torch.tensor([4, 0])), store.slice(0, 11)[[4, 0]])
+    assert torch.equal(store.gather_groups(torch.tensor([4, 32])), store.slice(0, 11).flatten(0, 1)[[4, 32]])
+    assert sum(tensor.nbytes for tensor in store.tensors) == rows.numel() + 11 * 3 * 4
+    assert RowStore(torch.zeros(1, 1, 4), quantized="fp8").slice(0, 1).abs().max() == 0
+
+
+@pytest.mark.parametrize("quantized", [None, "int8", "fp8"])
+def test_a_store_comes_back_from_its_tensors(quantized: Literal["int8", "fp8"] | None) -> None:
+    store = RowStore(torch.randn(5, 2, 16), quantized=quantized)
+    assert store.addressable and store.rows.is_contiguous()
+    assert (store.scales is None) == (quantized is None)
+    restored = RowStore.restore(store.tensors, dtype=torch.float32, device=torch.device("cpu"), host=True)
+    assert torch.equal(restored.slice(0, 5), store.slice(0, 5))
+    assert restored.rows.data_ptr() != store.rows.data_ptr()
 
 
 @given(st.lists(st.one_of(st.integers(1, 90), st.integers(-90, -1)), max_size=12))
