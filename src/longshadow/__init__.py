@@ -5,6 +5,7 @@ The public names are imported when first used; `import longshadow` needs neither
     from longshadow import PrefixTree, prefix_mask, share_prefixes
     from longshadow import PrefixSharingDPOTrainer, PrefixSharingGRPOTrainer, PrefixSharingRLOOTrainer
     from longshadow import compensate
+    from longshadow import LLM, SamplingParams
 """
 
 from importlib import import_module
@@ -18,14 +19,17 @@ if TYPE_CHECKING:
         PrefixSharingGRPOTrainer,
         PrefixSharingRLOOTrainer,
     )
+    from longshadow.engine.runtime import LLM, SamplingParams
     from longshadow.engine.shadowkv import ShadowKVCache, ShadowKVConfig
 
 __version__ = "0.1.0"
 __all__ = [
+    "LLM",
     "PrefixSharingDPOTrainer",
     "PrefixSharingGRPOTrainer",
     "PrefixSharingRLOOTrainer",
     "PrefixTree",
+    "SamplingParams",
     "ShadowKVCache",
     "ShadowKVConfig",
     "__version__",
@@ -35,10 +39,12 @@ __all__ = [
 ]
 
 _HOME = {
+    "LLM": "longshadow.engine.runtime",
     "PrefixSharingDPOTrainer": "longshadow.engine.prefix_sharing.trainers",
     "PrefixSharingGRPOTrainer": "longshadow.engine.prefix_sharing.trainers",
     "PrefixSharingRLOOTrainer": "longshadow.engine.prefix_sharing.trainers",
     "PrefixTree": "longshadow.engine.prefix_sharing",
+    "SamplingParams": "longshadow.engine.runtime",
     "ShadowKVCache": "longshadow.engine.shadowkv",
     "ShadowKVConfig": "longshadow.engine.shadowkv",
     "compensate": "longshadow.compress.pipeline",

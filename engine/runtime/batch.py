@@ -1,0 +1,153 @@
+"""The cache that a model sees: many sequences of different lengths in one forward, each attended by itself.
+
+Legend: B sequences, Hq query heads, H KV heads, T tokens, D head_dim.
+"""
+
+from collections.abc import Sequence as Sequence_
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from longshadow.engine.runtime.state import LayerSequence, SequenceState
+from longshadow.engine.shadowkv.attention import expect_handoff, mark
+from longshadow.engine.shadowkv.exact import AttentionParameters
+from longshadow.engine.shadowkv.sequence import RotationTable
+from longshadow.engine.shadowkv.storage import ExactTokens
+
+
+@dataclass(eq=False, kw_only=True)
+class Chunk:
+    """Some tokens of a prompt.
+
+    Attributes:
+        is_last: the prompt ends here, so it is compressed.
+        num_prompt: tokens of the whole prompt, to make room for.
+        keeps_head: leave the whole prompt's exact tokens in `head`, a buffer per layer.
+    """
+
+    state: SequenceState
+    tokens: list[int]
+    is_last: bool
+    num_prompt: int
+    keeps_head: bool = False
+    head: list[ExactTokens] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Work:
+    """What the current forward computes: chunks of prompts, laid end to end, or one token of each sequence."""
+
+    chunks: Sequence_[Chunk] = ()
+    decoding: Sequence_[SequenceState] = ()
+
+
+class BatchLayer(CacheLayerMixin):
+    """One layer of the batch; holds no tokens itself."""
+
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(
+        self,
+        index: int,
+        module: nn.Module,
+        work: Work,
+        rotations: RotationTable,
+        *,
+        window: int | None,
+        parks_on_host: bool,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.is_sliding = window is not None
+        self.is_initialized = True
+        self._index, self._module, self._work = index, module, work
+        self._rotations = rotations
+        self._parking_place = torch.device("cpu") if parks_on_host else None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing: sequences come with the work."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Announces new post-RoPE keys and values and returns them, the keys marked with this layer."""
+        expect_handoff(self._module, self)
+        return mark(key_states, self), value_states
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        parameters: AttentionParameters,
+    ) -> torch.Tensor:
+        """Attention and caching of the work's tokens: query [B, Hq, T, D] -> [B, Hq, T, Dv].
+
+        B = 1 with the chunks along T, or T = 1 with a sequence per row; rows beyond the sequences are padding.
+        """
+        if self._work.chunks:
+            return self._read(query[0], keys[0], values[0], parameters).unsqueeze(0)
+        out = query.new_empty(*query.shape[:3], values.shape[3])
+        for row, state in enumerate(self._work.decoding):
+            sequence = state.layers[self._index]
+            sequence.append(keys[row], values[row], self._rotations)
+            out[row, :, 0] = sequence.attend_token(query[row, :, 0], parameters)
+        out[len(self._work.decoding) :] = 0
+        return out
+
+    def _read(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, parameters: AttentionParameters
+    ) -> torch.Tensor:
+        """Chunks of prompts, [Hq, T, D] -> [Hq, T, Dv]."""
+        outputs, start = [], 0
+        for chunk in self._work.chunks:
+            tokens = slice(start, start + len(chunk.tokens))
+            start = tokens.stop
+            sequence = chunk.state.layers[self._index]
+            q, k, v = query[:, tokens], keys[:, tokens], values[:, tokens]
+            outputs.append(sequence.attend_prompt(q, k, v, parameters))
+            if chunk.is_last and not chunk.keeps_head:
+                sequence.finish_prompt(k, v, self._rotations)
+                continue
+            self._park(sequence, k, v, chunk.num_prompt)
+            if chunk.is_last:
+                assert sequence.parked is not None
+                chunk.head.append(sequence.parked)
+                sequence.finish_prompt(k[:, :0], v[:, :0], self._rotations)
+        return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+
+    def _park(self, sequence: LayerSequence, keys: torch.Tensor, values: torch.Tensor, num_prompt: int) -> None:
+        if sequence.parked is None:
+            sequence.device = keys.device
+            sequence.parked = ExactTokens(device=self._parking_place, capacity=num_prompt)
+        sequence.park(keys, values)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset): masks are not used."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """0: positions are given with the tokens."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """-1: no limit."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """-1: no limit (the name of `get_max_length` before transformers 5.18)."""
+        return -1
+
+
+class BatchCache(Cache):
+    """A transformers cache whose sequences are those of `work`."""
+
+    def __init__(self, layers: list[BatchLayer], work: Work) -> None:
+        super().__init__(layers=[*layers])
+        self.work = work

@@ -1,0 +1,428 @@
+"""The engine's loop: one thread that admits, reads, decodes and delivers, step by step.
+
+Other threads only put jobs into it, mark them as cancelled, and hold documents; `_lock` guards what they share.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+from longshadow.engine.runtime.accounting import Accounting
+from longshadow.engine.runtime.batch import Chunk
+from longshadow.engine.runtime.documents import Document, new_document_id
+from longshadow.engine.runtime.errors import EngineClosed, RequestTooLong
+from longshadow.engine.runtime.memory import Bytes, MemoryBudget
+from longshadow.engine.runtime.outputs import EngineStatistics
+from longshadow.engine.runtime.prefixes import PrefixCache, head_of, resume
+from longshadow.engine.runtime.requests import Completion, Reading, Request
+from longshadow.engine.runtime.runner import ModelRunner
+from longshadow.engine.runtime.sampling import choose_tokens
+from longshadow.engine.runtime.scheduler import Job, Scheduler
+from longshadow.engine.runtime.state import BLOCK_TOKENS
+
+RATE_SECONDS = 10.0
+
+
+class Engine:
+    """Runs jobs until it is closed."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        accounting: Accounting,
+        budget: MemoryBudget,
+        *,
+        fixed: Bytes,
+        prefixes: PrefixCache | None,
+        max_num_seqs: int,
+        max_prefill_tokens: int,
+        max_num_waiting: int,
+    ) -> None:
+        """`fixed`: what the engine itself takes. Raises ValueError when that does not fit."""
+        self.runner, self.accounting, self.budget = runner, accounting, budget
+        if not budget.fits(fixed):
+            raise ValueError(
+                f"device_memory leaves {budget.device_limit:,} bytes, but a step alone needs {fixed.device:,}; "
+                "give more, or a smaller max_prefill_tokens or max_model_len"
+            )
+        budget.reserve(fixed)
+        self._held = fixed  # what no request gives back: the engine's own part and documents
+        self.prefixes = prefixes
+        self.scheduler = Scheduler(
+            budget,
+            max_num_seqs=max_num_seqs,
+            max_prefill_tokens=max_prefill_tokens,
+            max_num_waiting=max_num_waiting,
+            evict=self._evict,
+        )
+        self.documents: dict[str, Document] = {}
+        self._lock = threading.RLock()
+        self._wake = threading.Condition(self._lock)
+        self._requests: dict[str, Request] = {}
+        self._closed: EngineClosed | None = None
+        self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+        self._rate: deque[tuple[float, int]] = deque()
+        self._thread = threading.Thread(target=self._run, name="longshadow-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Request | Reading) -> None:
+        """Queues a job. Raises QueueFull, EngineClosed, and RequestTooLong for one that could never be admitted."""
+        with self._lock:
+            self._check_open()
+            if isinstance(job, Request):
+                if job.id in self._requests:
+                    raise ValueError(f"a request with the id {job.id!r} is open already")
+                if job.document is not None and job.document.is_removed:
+                    raise ValueError(f"the document {job.document.id!r} was removed")
+            self._check_size(job)
+            self.scheduler.submit(job)
+            if isinstance(job, Request):
+                self._requests[job.id] = job
+                if job.document is not None:
+                    job.document.num_users += 1
+            self._wake.notify_all()
+
+    def _check_size(self, job: Job) -> None:
+        need, left = job.need.prefill, self.budget.limits - self._held
+        if not self.budget.could_fit(need, beside=self._held):
+            raise RequestTooLong(
+                f"{job.num_prompt:,} tokens and their answers need {need.device:,} bytes of device and {need.host:,} "
+                f"of host memory, beside the engine's documents there are {left.device:,} and {left.host:,}"
+            )
+
+    def cancel(self, job_id: str) -> bool:
+        """Ends a request after the current step; False when it is not open."""
+        with self._lock:
+            request = self._requests.get(job_id)
+            if request is None or request.is_cancelled:
+                return False
+            request.is_cancelled = True
+            self._wake.notify_all()
+            return True
+
+    def cancel_reading(self, job: Reading) -> None:
+        """Ends the reading of a document after the current step."""
+        with self._lock:
+            job.is_cancelled = True
+            self._wake.notify_all()
+
+    def reserve(self, need: Bytes) -> None:
+        """Takes memory for a document from elsewhere. Raises RequestTooLong when there is not enough now."""
+        with self._lock:
+            self._check_open()
+            while not self.budget.fits(need):
+                if not self._evict():
+                    raise RequestTooLong(
+                        f"the document needs {need.device:,} bytes of device and {need.host:,} of host memory, more "
+                        "than there are now"
+                    )
+            self.budget.reserve(need)
+
+    def release(self, reserved: Bytes) -> None:
+        """Gives back what `reserve` took."""
+        with self._lock:
+            self.budget.release(reserved)
+            self._wake.notify_all()
+
+    def hold(self, document: Document) -> None:
+        """Takes up a document from elsewhere, whose memory is reserved; its id changes when it is taken."""
+        with self._lock:
+            self._check_open()
+            self._hold(document)
+
+    def _hold(self, document: Document) -> None:
+        while document.id in self.documents:
+            document.id = new_document_id()
+        self._held += document.reserved
+        self.documents[document.id] = document
+        self._refuse_impossible()
+
+    def remove(self, document: Document) -> None:
+        """Forgets a document; its memory is given back when no request shares it."""
+        with self._lock:
+            if self.documents.pop(document.id, None) is document:
+                document.is_removed = True
+                self._give_back(document)
+                self._wake.notify_all()
+
+    def _give_back(self, document: Document) -> None:
+        if document.is_removed and document.num_users == 0:
+            self.budget.release(document.reserved)
+            self._held -= document.reserved
+            document.reserved = Bytes()
+
+    def _refuse_impossible(self) -> None:
+        """Documents take memory for good: what waits for more than is left would wait forever."""
+        for job in list(self.scheduler.waiting):
+            assert isinstance(job, Request | Reading)
+            try:
+                self._check_size(job)
+            except RequestTooLong as error:
+                self._leave(job)
+                job.sink(error)
+
+    def close(self) -> None:
+        """Fails every open job with EngineClosed and ends the thread. Repeatable."""
+        with self._lock:
+            self._closed = self._closed or EngineClosed("the engine was closed")
+            self._wake.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _check_open(self) -> None:
+        if self._closed is not None:
+            raise EngineClosed(str(self._closed))
+
+    def _evict(self) -> bool:
+        if self.prefixes is None or not len(self.prefixes):
+            return False
+        self.budget.release(self.prefixes.evict())
+        return True
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while self._wait_for_work():
+                    self._step()
+        except Exception as error:
+            with self._lock:
+                self._closed = EngineClosed(f"the engine failed: {type(error).__name__}: {error}")
+                self._closed.__cause__ = error
+        with self._lock:
+            assert self._closed is not None
+            for job in self._open_jobs():
+                self._leave(job)
+                job.sink(self._closed)
+            while self._evict():
+                pass
+            self._wake.notify_all()
+        self.runner.close()
+
+    def _open_jobs(self) -> list[Request | Reading]:
+        scheduler = self.scheduler
+        jobs = [*scheduler.waiting, *scheduler.reading, *scheduler.decoding]
+        assert all(isinstance(job, Request | Reading) for job in jobs)
+        return jobs  # type: ignore[return-value]
+
+    def _wait_for_work(self) -> bool:
+        with self._lock:
+            while self._closed is None and not self._open_jobs():
+                self._wake.wait()
+            return self._closed is None
+
+    def _step(self) -> None:
+        with self._lock:
+            self._drop_cancelled()
+            plan = self.scheduler.plan(self._admitted)
+            chunks = [self._chunk(job, count) for job, count in plan]
+            decoding = [
+                completion
+                for job in self.scheduler.decoding
+                if isinstance(job, Request)
+                for completion in job.completions
+                if completion.finish_reason is None
+            ]
+            if not chunks and not decoding:
+                # Only jobs that wait for memory or slots of others, which every change of those wakes.
+                if self._closed is None and self._open_jobs():
+                    self._wake.wait(timeout=1.0)
+                return
+        read = self.runner.read(chunks) if chunks else None
+        decoded = self._decode(decoding)
+        with self._lock:
+            self._note_progress(plan, len(decoding))
+            changed = self._take_tokens(decoding, decoded)
+            if read is not None:
+                changed |= self._take_read(plan, chunks, read)
+            finished = [request for request in changed if request.is_finished]
+            for request in finished:
+                self._leave(request)
+        for request in sorted(changed, key=lambda request: request.arrival):
+            if request.streams or request.is_finished:
+                request.sink(request.output())
+
+    def _decode(self, decoding: Sequence[Completion]) -> torch.Tensor | None:
+        if not decoding:
+            return None
+        states = []
+        for completion in decoding:
+            assert completion.state is not None
+            states.append(completion.state)
+        return self.runner.decode(states, [completion.token_ids[-1] for completion in decoding])
+
+    def _admitted(self, job: Job) -> None:
+        """A job has its memory: makes its sequence, from a document or from an earlier prompt's head."""
+        if isinstance(job, Reading):
+            job.state = self.runner.new_state(job.num_prompt, blocked_energy=True)
+            return
+        assert isinstance(job, Request)
+        job.admitted = time.monotonic()
+        if job.document is not None:
+            job.state = job.document.state.fork(job.max_tokens)
+            job.num_cached_tokens = job.document.num_tokens
+        else:
+            job.state = self.runner.new_state(job.max_tokens, blocked_energy=True)
+            if self.prefixes is not None:
+                self._use_prefix(job, self.prefixes)
+        self._cached_tokens += job.num_cached_tokens
+
+    def _use_prefix(self, job: Request, prefixes: PrefixCache) -> None:
+        assert job.state is not None
+        job.keeps_head = (
+            job.num_prompt >= BLOCK_TOKENS
+            and prefixes.admits(self._head_bytes(job.num_prompt))
+            and not prefixes.covers(job.prompt)
+        )
+        match = prefixes.match(job.prompt)
+        if match is not None:
+            head, num_tokens = match
+            resume(job.state, head, num_tokens, job.num_prompt, self.runner.device)
+            job.num_read = job.num_cached_tokens = num_tokens
+
+    def _head_bytes(self, num_prompt: int) -> Bytes:
+        assert self.prefixes is not None
+        return self.prefixes.size(num_prompt, self.accounting.token_bytes, self.accounting.energy_bytes)
+
+    def _chunk(self, job: Job, count: int) -> Chunk:
+        assert isinstance(job, Request | Reading) and job.state is not None
+        tokens = job.prompt if isinstance(job, Request) else job.tokens
+        stop = job.num_read + count
+        return Chunk(
+            state=job.state,
+            tokens=tokens[job.num_read : stop],
+            is_last=stop == job.num_prompt,
+            num_prompt=job.num_prompt,
+            keeps_head=isinstance(job, Request) and job.keeps_head,
+        )
+
+    def _take_tokens(self, decoding: Sequence[Completion], logits_BV: torch.Tensor | None) -> set[Request]:
+        """Samples every decoding completion's next token; the requests that have new ones."""
+        if logits_BV is None:
+            return set()
+        owners = {id(completion): request for request in self._requests.values() for completion in request.completions}
+        tokens = choose_tokens(logits_BV, [completion.sampler for completion in decoding])
+        changed = set()
+        for completion, token, logits_V in zip(decoding, tokens, logits_BV, strict=True):
+            request = owners[id(completion)]
+            self._accept(request, completion, token, logits_V)
+            changed.add(request)
+        return changed
+
+    def _accept(self, request: Request, completion: Completion, token: int, logits_V: torch.Tensor) -> None:
+        now = time.monotonic()
+        completion.accept(token, logits_V)
+        self._generated_tokens += 1
+        request.first_token = request.first_token or now
+        if completion.finish_reason is not None:
+            if request.is_finished:
+                request.finished = now
+            else:
+                self.scheduler.finish_completion(request)
+
+    def _take_read(
+        self, plan: Sequence[tuple[Job, int]], chunks: Sequence[Chunk], logits_RV: torch.Tensor
+    ) -> set[Request]:
+        """Prompts that have been read: first tokens of requests, documents handed over."""
+        rows = iter(logits_RV)
+        changed = set()
+        for (job, count), chunk in zip(plan, chunks, strict=True):
+            job.num_read += count
+            if isinstance(job, Reading):
+                job.sink((job.num_read, job.num_prompt))
+            if not chunk.is_last:
+                continue
+            logits_V = next(rows)
+            if isinstance(job, Reading):
+                self._finish_document(job)
+                continue
+            assert isinstance(job, Request)
+            self._keep_head(job, chunk)
+            self._start_decoding(job, logits_V)
+            changed.add(job)
+        return changed
+
+    def _keep_head(self, job: Request, chunk: Chunk) -> None:
+        """Ends a prompt's reading and offers its exact tokens to later prompts, if there is memory for them."""
+        size = self._head_bytes(job.num_prompt) if job.keeps_head else Bytes()
+        head = head_of(chunk, job.prompt, size) if job.keeps_head else None
+        chunk.state.forget_blocks()
+        self.scheduler.finish_reading(job)
+        if head is not None and self.prefixes is not None and self.budget.fits(size):
+            self.budget.reserve(size)
+            self.budget.release(self.prefixes.put(head))
+
+    def _start_decoding(self, job: Request, logits_V: torch.Tensor) -> None:
+        assert job.state is not None
+        for completion in job.completions[1:]:
+            completion.state = job.state.fork(job.max_tokens)
+        job.completions[0].state, job.state = job.state, None
+        tokens = choose_tokens(
+            logits_V.expand(len(job.completions), -1), [completion.sampler for completion in job.completions]
+        )
+        for completion, token in zip(job.completions, tokens, strict=True):
+            self._accept(job, completion, token, logits_V)
+
+    def _finish_document(self, job: Reading) -> None:
+        """Takes up a document that has been read; what it needs stays reserved."""
+        assert job.state is not None
+        job.state.forget_blocks()
+        self.scheduler.finish_reading(job)
+        self.scheduler.decoding.remove(job)
+        document = job.build(job.state, job.reserved)
+        self._hold(document)
+        job.sink(document)
+
+    def _note_progress(self, plan: Sequence[tuple[Job, int]], num_decoded: int) -> None:
+        now = time.monotonic()
+        self._prompt_tokens += sum(count for _, count in plan)
+        first_tokens = sum(job.num_slots for job, count in plan if job.num_read + count == job.num_prompt)
+        self._rate.append((now, num_decoded + first_tokens))
+        while self._rate and self._rate[0][0] < now - RATE_SECONDS:
+            self._rate.popleft()
+
+    def _drop_cancelled(self) -> None:
+        for job in self._open_jobs():
+            if not job.is_cancelled:
+                continue
+            self._leave(job)
+            if isinstance(job, Request):
+                job.cancel()
+                job.finished = time.monotonic()
+                job.sink(job.output())
+
+    def _leave(self, job: Request | Reading) -> None:
+        self.scheduler.leave(job)
+        job.state = None
+        if isinstance(job, Request):
+            self._requests.pop(job.id, None)
+            if job.document is not None:
+                job.document.num_users -= 1
+                self._give_back(job.document)
+
+    def statistics(self) -> EngineStatistics:
+        """The engine now."""
+        with self._lock:
+            now = time.monotonic()
+            recent = sum(count for moment, count in self._rate if moment >= now - RATE_SECONDS)
+            counts, scheduler = self.runner.counts, self.scheduler
+            candidates = counts.hits + counts.misses
+            return EngineStatistics(
+                num_running=len(scheduler.reading) + sum(job.num_slots for job in scheduler.decoding),
+                num_waiting=len(scheduler.waiting),
+                num_documents=len(self.documents),
+                num_generated_tokens=self._generated_tokens,
+                num_prompt_tokens=self._prompt_tokens,
+                num_cached_tokens=self._cached_tokens,
+                tokens_per_second=recent / RATE_SECONDS,
+                hit_rate=counts.hits / candidates if candidates else 0.0,
+                attended_fraction=counts.attended_tokens / counts.context_tokens if counts.context_tokens else 1.0,
+                prefix_cache_hits=0 if self.prefixes is None else self.prefixes.num_hits,
+                prefix_cache_queries=0 if self.prefixes is None else self.prefixes.num_queries,
+                device_bytes=self.budget.reserved.device,
+                device_limit_bytes=self.budget.device_limit,
+                host_bytes=self.budget.reserved.host,
+                host_limit_bytes=self.budget.host_limit,
+            )

@@ -1,0 +1,43 @@
+"""What a saved document must have in common with the engine that loads it."""
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from longshadow.engine.runtime.accounting import LayerShape
+from longshadow.engine.runtime.runner import rope_parameters
+from longshadow.engine.shadowkv import ShadowKVConfig
+
+SAMPLED_ELEMENTS = 256
+# What does not change a document's segments: how they are attended to, and where they are kept.
+USES = ("budget_tokens", "budget_fraction", "candidate_factor", "resident_factor", "value_store", "prefill_chunk_size")
+SHAPES = ("num_kv_heads", "key_dim", "value_dim", "window")
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 of every parameter's and buffer's name, shape, dtype and a sample of its elements."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // SAMPLED_ELEMENTS)
+        sample = flat[::step][:SAMPLED_ELEMENTS].cpu().contiguous()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def requirements(
+    model: PreTrainedModel, shapes: list[LayerShape], config: ShadowKVConfig, fingerprint: str
+) -> dict[str, Any]:
+    """Everything that makes segments of one engine those of another, as JSON."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in USES}
+    return {
+        "model": fingerprint,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "rope": [{key: rope[key] for key in sorted(rope)} for rope in rope_parameters(model)],
+        "shadowkv": settings,
+        "layers": [{name: getattr(shape, name) for name in SHAPES} for shape in shapes],
+    }

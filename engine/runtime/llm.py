@@ -1,0 +1,441 @@
+"""`LLM`: a model that answers many requests at once, over long contexts that take little memory."""
+
+import asyncio
+import queue
+import secrets
+import weakref
+from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import Sequence as Sequence_
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from longshadow.engine.runtime.accounting import Accounting, Need
+from longshadow.engine.runtime.chat import encode_chat, encode_document
+from longshadow.engine.runtime.document_file import Header, read_document, write_document
+from longshadow.engine.runtime.documents import Document
+from longshadow.engine.runtime.engine import Engine
+from longshadow.engine.runtime.errors import DocumentError, QueueFull, RequestTooLong
+from longshadow.engine.runtime.identity import model_fingerprint, requirements
+from longshadow.engine.runtime.loading import end_tokens, load
+from longshadow.engine.runtime.memory import Bytes, MemoryBudget
+from longshadow.engine.runtime.outputs import EngineStatistics, RequestOutput
+from longshadow.engine.runtime.prefixes import PrefixCache
+from longshadow.engine.runtime.requests import Reading, Request, make_completions
+from longshadow.engine.runtime.restoring import restore_state
+from longshadow.engine.runtime.runner import ModelRunner, length_limit
+from longshadow.engine.runtime.sampling_params import SamplingParams
+from longshadow.engine.runtime.scheduler import CHUNK_MULTIPLE
+from longshadow.engine.runtime.state import SequenceState
+from longshadow.engine.runtime.workspace import step_workspace
+from longshadow.engine.shadowkv import ShadowKVConfig
+
+Prompt = str | list[int]
+DEFAULT_MODEL_LEN = 32_768
+# Of each place's memory, for heads of earlier prompts.
+PREFIX_CACHE_SHARE = 4
+HEARTBEAT_SECONDS = 0.5
+
+
+class LLM:
+    """A model and everything that is asked of it. Requests may come from any thread; one thread computes.
+
+    Args:
+        model: a Hugging Face hub id, a folder, a `.gguf` file, `demo`, or a model, which then belongs to the engine
+            until `close`.
+        tokenizer: of a model given as an object; without one, prompts are token ids and answers have no text.
+        shadowkv: configuration of the compressed cache.
+        adapter: folder of a LoRA adapter to add.
+        max_num_seqs: sequences that decode together.
+        max_model_len: tokens of document, prompt and answer together. Default: what the model was made for.
+        max_prefill_tokens: prompt tokens that a step reads beside decoding, at least 64.
+        max_num_waiting: requests that may wait; more raise QueueFull.
+        device_memory: for sequences, documents and their workspace, the weights apart: bytes, a size such as "8G", or a
+            share of what is free when the engine is made. On a CPU this is main memory, host_memory's included.
+        host_memory: for what the cache keeps in main memory. Default: 90% of what is free; on a CPU device_memory.
+        prefix_cache: keep prompts' tokens for later prompts that begin alike; does not change answers.
+
+    Raises ValueError for a model that ShadowKV does not support and for arguments out of range.
+
+    Example:
+        with LLM("demo") as llm:
+            document = llm.add_document(text)
+            [output] = llm.generate(question, SamplingParams(max_tokens=64), document=document)
+            print(output.outputs[0].text)
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        shadowkv: ShadowKVConfig | None = None,
+        adapter: str | None = None,
+        max_num_seqs: int = 8,
+        max_model_len: int | None = None,
+        max_prefill_tokens: int = 512,
+        max_num_waiting: int = 256,
+        device_memory: str | int = "90%",
+        host_memory: str | int | None = None,
+        prefix_cache: bool = True,
+    ) -> None:
+        for name, value, least in (
+            ("max_num_seqs", max_num_seqs, 1),
+            ("max_prefill_tokens", max_prefill_tokens, CHUNK_MULTIPLE),
+            ("max_num_waiting", max_num_waiting, 1),
+            ("max_model_len", max_model_len or 2, 2),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.model, self.tokenizer = load(model, tokenizer, adapter)
+        self.max_model_len = _model_len(self.model, max_model_len)
+        self.max_num_seqs = max_num_seqs
+        self._config = shadowkv or ShadowKVConfig()
+        self._end_tokens = end_tokens(self.model, self.tokenizer)
+        self._runner = ModelRunner(self.model, self._config, self.max_model_len)
+        try:
+            self._accounting = Accounting(self._runner.shapes, self._config, self._runner.device)
+            budget = MemoryBudget.of(self._runner.device, device_memory, host_memory)
+            limits = budget.limits
+            share = Bytes(device=limits.device // PREFIX_CACHE_SHARE, host=limits.host // PREFIX_CACHE_SHARE)
+            workspace = step_workspace(self.model, max_prefill_tokens, max_num_seqs, self.max_model_len)
+            self._engine = Engine(
+                self._runner,
+                self._accounting,
+                budget,
+                fixed=Bytes(device=self._runner.rotation_bytes + workspace),
+                prefixes=PrefixCache(share, self._accounting.stored) if prefix_cache else None,
+                max_num_seqs=max_num_seqs,
+                max_prefill_tokens=max_prefill_tokens,
+                max_num_waiting=max_num_waiting,
+            )
+        except BaseException:
+            self._runner.close()
+            raise
+        self._fingerprint: str | None = None
+        self._finalizer = weakref.finalize(self, self._engine.close)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence_[Prompt],
+        sampling_params: SamplingParams | Sequence_[SamplingParams] | None = None,
+        *,
+        document: Document | None = None,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Answers one prompt or many, in their order.
+
+        Args:
+            prompts: texts or token ids; a list of integers is one prompt.
+            sampling_params: for all prompts, or one for each. Default: `SamplingParams()`.
+            document: what every prompt goes on from.
+            progress: show a bar on standard error.
+
+        Raises:
+            RequestTooLong: a prompt and its answer exceed max_model_len or the memory; nothing was run then.
+            EngineClosed: the engine was closed before all were finished.
+        """
+        wanted = _as_prompts(prompts)
+        params = _as_params(sampling_params, len(wanted))
+        arrived: queue.SimpleQueue[tuple[int, RequestOutput | Exception]] = queue.SimpleQueue()
+        requests = []
+        for index, (prompt, one) in enumerate(zip(wanted, params, strict=True)):
+            requests.append(self._request(prompt, one, document, lambda item, index=index: arrived.put((index, item))))  # type: ignore[misc]
+        outputs: dict[int, RequestOutput] = {}
+        waiting = list(requests)
+        try:
+            with _bar(len(requests), progress) as advance:
+                while len(outputs) < len(requests):
+                    self._submit_all(waiting, can_wait=len(outputs) + len(waiting) < len(requests))
+                    index, item = arrived.get()
+                    if isinstance(item, Exception):
+                        raise item
+                    outputs[index] = item
+                    advance()
+        except BaseException:
+            for request in requests:
+                self._engine.cancel(request.id)
+            raise
+        return [outputs[index] for index in range(len(requests))]
+
+    def _submit_all(self, waiting: list[Request], *, can_wait: bool) -> None:
+        """Submits what the queue takes; raises QueueFull when none of ours is in it whose end could be waited for."""
+        while waiting:
+            try:
+                self._engine.submit(waiting[0])
+            except QueueFull:
+                if not can_wait:
+                    raise
+                return
+            waiting.pop(0)
+            can_wait = True
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        document: Document | None = None,
+        request_id: str | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs as they grow, each with everything so far; the last one is finished.
+
+        Leaving the loop early (`aclose`) cancels the request. The request starts with the first iteration.
+
+        Raises:
+            RequestTooLong: here; QueueFull and EngineClosed: at the first iteration.
+        """
+        request = self._request(prompt, sampling_params or SamplingParams(), document, lambda item: None)
+        request.id, request.streams = request_id or request.id, True
+        return self._stream(request)
+
+    async def _stream(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
+
+        def deliver(item: RequestOutput | Exception) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(arrived.put_nowait, item)
+
+        request.sink = deliver
+        self._engine.submit(request)
+        try:
+            while True:
+                item = await arrived.get()
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+                if item.finished:
+                    return
+        finally:
+            self._engine.cancel(request.id)
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a request, whose last output then says so; False when there is none that is open."""
+        return self._engine.cancel(request_id)
+
+    def chat_prompt(self, messages: list[dict[str, Any]], *, document: Document | None = None) -> list[int]:
+        """Token ids of messages in the model's chat format, for `generate` or `stream` with the same `document`."""
+        return encode_chat(self._need_tokenizer("messages"), messages, after_document=document is not None)
+
+    def add_document(
+        self,
+        text: str | list[int],
+        *,
+        name: str | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Document:
+        """Reads a document, beside whatever else is running; blocks until it is there.
+
+        Args:
+            text: the document, which becomes the beginning of a user's message, or token ids.
+            on_progress: called in this thread with (tokens read, all tokens), also while nothing happens; an exception
+                that it raises ends the reading.
+
+        Raises:
+            ValueError: it is empty. RequestTooLong, QueueFull, EngineClosed.
+        """
+        tokens = encode_document(self._need_tokenizer("texts"), text) if isinstance(text, str) else list(text)
+        self._check_tokens(tokens)
+        if len(tokens) > self.max_model_len - 2:
+            raise RequestTooLong(
+                f"the document has {len(tokens):,} tokens; with a question and an answer {self.max_model_len:,} fit"
+            )
+        arrived: queue.SimpleQueue[tuple[int, int] | Document | Exception] = queue.SimpleQueue()
+        need = self._accounting.need(len(tokens), 0)
+        job = Reading(
+            num_prompt=len(tokens),
+            num_slots=0,
+            need=Need(prefill=need.prefill, shared=need.shared + need.completion, completion=Bytes()),
+            tokens=tokens,
+            build=lambda state, reserved: self._document(state, reserved, name),
+            sink=arrived.put,
+        )
+        self._engine.submit(job)
+        try:
+            return _wait_for_document(arrived, len(tokens), on_progress)
+        except BaseException:
+            self._engine.cancel_reading(job)
+            raise
+
+    def _document(self, state: SequenceState, reserved: Bytes, name: str | None) -> Document:
+        return Document(
+            name=name,
+            num_tokens=state.num_tokens,
+            memory=state.memory(values_on_host=self._config.value_store == "host"),
+            full_cache_bytes=sum(shape.exact_bytes(state.num_tokens) for shape in self._runner.shapes),
+            state=state,
+            reserved=reserved,
+            writer=lambda document, path: write_document(document, path, self._requirements()),
+        )
+
+    def load_document(self, path: str | Path) -> Document:
+        """A document that `Document.save` wrote, with its id and name.
+
+        Raises:
+            DocumentError: in one line, why the file cannot be used by this engine.
+        """
+        place = Path(path).expanduser()
+        reserved: list[Bytes] = []
+
+        def reserve(header: Header) -> None:
+            total = self._accounting.document(header.start)
+            self._engine.reserve(total)
+            reserved.append(total)
+
+        try:
+            header, tensors = read_document(
+                place, self._requirements(), self._accounting, self.model.dtype, self.max_model_len - 2, reserve
+            )
+            document = self._document(restore_state(self._runner, header, tensors), reserved[0], header.name)
+            document.id = header.id
+            self._engine.hold(document)
+        except RequestTooLong as error:
+            self._engine_release(reserved)
+            raise DocumentError(f"cannot load {place}: {error}") from error
+        except BaseException:
+            self._engine_release(reserved)
+            raise
+        return document
+
+    def _engine_release(self, reserved: list[Bytes]) -> None:
+        for amount in reserved:
+            self._engine.release(amount)
+
+    def remove_document(self, document: Document) -> None:
+        """Forgets a document; requests that use it go on. Harmless when it is gone already."""
+        self._engine.remove(document)
+
+    def statistics(self) -> EngineStatistics:
+        """The engine now."""
+        return self._engine.statistics()
+
+    def close(self) -> None:
+        """Ends every open request with EngineClosed and gives the model its own attention back. Repeatable."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _requirements(self) -> dict[str, Any]:
+        if self._fingerprint is None:
+            self._fingerprint = model_fingerprint(self.model)
+        return requirements(self.model, self._runner.shapes, self._config, self._fingerprint)
+
+    def _need_tokenizer(self, what: str) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise ValueError(f"this engine has no tokenizer for {what}: give token ids, or the LLM a tokenizer")
+        return self.tokenizer
+
+    def _check_tokens(self, tokens: list[int]) -> None:
+        size = self.model.config.get_text_config(decoder=True).vocab_size
+        if not tokens:
+            raise ValueError("a prompt needs at least one token")
+        for token in tokens:
+            if not isinstance(token, int) or not 0 <= token < size:
+                raise ValueError(f"token ids must be whole numbers between 0 and {size - 1}, got {token!r}")
+
+    def _request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        document: Document | None,
+        sink: Callable[[RequestOutput | Exception], None],
+    ) -> Request:
+        if isinstance(prompt, str):
+            # What follows a document is not the beginning of a text.
+            encoded = self._need_tokenizer("texts")(prompt, add_special_tokens=document is None)
+            prompt = list(encoded.input_ids)
+        self._check_tokens(prompt)
+        if params.stops:
+            self._need_tokenizer("stop texts")
+        if params.n > self.max_num_seqs:
+            raise ValueError(f"n must be at most max_num_seqs = {self.max_num_seqs}, got {params.n}")
+        start = None if document is None else document.state.start
+        history = 0 if document is None else document.num_tokens
+        total = history + len(prompt) + params.max_tokens
+        if total > self.max_model_len:
+            before = f"the document's {history:,} tokens, " if document is not None else ""
+            raise RequestTooLong(
+                f"{before}the prompt's {len(prompt):,} and max_tokens = {params.max_tokens:,} make {total:,}, but "
+                f"{self.max_model_len:,} fit"
+            )
+        # The last token is never cached.
+        need = self._accounting.need(len(prompt), params.max_tokens - 1, start=start, num_completions=params.n)
+        return Request(
+            num_prompt=len(prompt),
+            num_slots=params.n,
+            need=need,
+            id=f"request-{secrets.token_hex(12)}",
+            prompt=prompt,
+            params=params,
+            completions=make_completions(params, prompt, self.tokenizer, self._end_tokens),
+            document=document,
+            sink=sink,
+        )
+
+
+def _model_len(model: PreTrainedModel, wanted: int | None) -> int:
+    limit = length_limit(model)
+    if wanted is None:
+        return limit or DEFAULT_MODEL_LEN
+    if limit is not None and wanted > limit:
+        raise ValueError(f"max_model_len must be at most {limit}, the model's positions in a batch, got {wanted}")
+    return wanted
+
+
+def _as_prompts(prompts: Prompt | Sequence_[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [list(prompts)]  # type: ignore[arg-type]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _as_params(params: SamplingParams | Sequence_[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(
+            f"there are {count} prompts and {len(params)} sampling_params; give one for each, or one for all"
+        )
+    return list(params)
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[[], None]]:
+    """A bar on standard error; yields what moves it on."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=not shown, transient=True) as bar:
+        task = bar.add_task("requests", total=total)
+        yield lambda: bar.advance(task)
+
+
+def _wait_for_document(
+    arrived: "queue.SimpleQueue[tuple[int, int] | Document | Exception]",
+    num_tokens: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> Document:
+    progress = (0, num_tokens)
+    while True:
+        try:
+            item = arrived.get(timeout=HEARTBEAT_SECONDS)
+        except queue.Empty:
+            item = progress
+        if isinstance(item, Exception):
+            raise item
+        if isinstance(item, Document):
+            return item
+        progress = item
+        if on_progress is not None:
+            on_progress(*progress)

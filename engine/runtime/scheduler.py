@@ -1,0 +1,130 @@
+"""Which requests are admitted, and how many tokens of which prompts a step reads. Knows counts and bytes, no tensors.
+
+Requests are admitted in the order they came: one that does not fit yet holds back those behind it, so none starves.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from longshadow.engine.runtime.accounting import Need
+from longshadow.engine.runtime.errors import QueueFull
+from longshadow.engine.runtime.memory import Bytes, MemoryBudget
+
+# A prompt's chunks end at multiples of this many tokens, but for the last.
+CHUNK_MULTIPLE = 64
+
+
+@dataclass(eq=False, kw_only=True)
+class Job:
+    """Something that reads a prompt and may then decode.
+
+    Attributes:
+        num_prompt: tokens to read.
+        num_slots: sequences that decode afterwards.
+        num_read: tokens that have been read, or were there already.
+        reserved: what it holds of the memory budget.
+    """
+
+    num_prompt: int
+    num_slots: int
+    need: Need
+    num_read: int = 0
+    reserved: Bytes = field(default_factory=Bytes)
+
+
+class Scheduler:
+    """Waiting, reading and decoding jobs of an engine."""
+
+    def __init__(
+        self,
+        budget: MemoryBudget,
+        *,
+        max_num_seqs: int,
+        max_prefill_tokens: int,
+        max_num_waiting: int,
+        evict: Callable[[], bool],
+    ) -> None:
+        """`evict` frees some memory that nothing depends on; False when there is none."""
+        self.budget = budget
+        self.waiting: deque[Job] = deque()
+        self.reading: list[Job] = []
+        self.decoding: list[Job] = []
+        self.num_free_slots = max_num_seqs
+        self._max_prefill_tokens = max_prefill_tokens
+        self._max_num_waiting = max_num_waiting
+        self._evict = evict
+
+    def submit(self, job: Job) -> None:
+        """Queues a job. Raises QueueFull."""
+        if len(self.waiting) >= self._max_num_waiting:
+            raise QueueFull(f"{len(self.waiting)} requests are waiting already, the most that may; try again later")
+        self.waiting.append(job)
+
+    def plan(self, admitted: Callable[[Job], None]) -> list[tuple[Job, int]]:
+        """Jobs and how many tokens of each this step reads; admits waiting jobs while tokens are left.
+
+        `admitted` is called for each new job after its memory was reserved; it may set `num_read`.
+        """
+        chunks, left = [], self._max_prefill_tokens
+        for job in self.reading:
+            if count := _chunk(job, left):
+                chunks.append((job, count))
+                left -= count
+        while left >= CHUNK_MULTIPLE and self.waiting and self._can_admit(self.waiting[0]):
+            job = self.waiting.popleft()
+            self._admit(job)
+            admitted(job)
+            if count := _chunk(job, left):
+                chunks.append((job, count))
+                left -= count
+        return chunks
+
+    def _can_admit(self, job: Job) -> bool:
+        if job.num_slots > self.num_free_slots:
+            return False
+        while not self.budget.fits(job.need.prefill):
+            if not self._evict():
+                return False
+        return True
+
+    def _admit(self, job: Job) -> None:
+        self.budget.reserve(job.need.prefill)
+        job.reserved = job.need.prefill
+        self.num_free_slots -= job.num_slots
+        self.reading.append(job)
+
+    def finish_reading(self, job: Job) -> None:
+        """The whole prompt has been read: gives back what only that needed."""
+        self.reading.remove(job)
+        self.decoding.append(job)
+        afterwards = job.need.shared + job.need.completion * job.num_slots
+        self.budget.release(job.reserved - afterwards)
+        job.reserved = afterwards
+
+    def finish_completion(self, job: Job) -> None:
+        """One of a job's sequences has ended: gives back its slot and memory."""
+        assert job in self.decoding and job.num_slots > 0
+        job.num_slots -= 1
+        self.num_free_slots += 1
+        self.budget.release(job.need.completion)
+        job.reserved -= job.need.completion
+
+    def leave(self, job: Job) -> None:
+        """The job is over, wherever it stood: gives back all it holds."""
+        if job in self.waiting:
+            self.waiting.remove(job)
+            return
+        (self.reading if job in self.reading else self.decoding).remove(job)
+        self.num_free_slots += job.num_slots
+        self.budget.release(job.reserved)
+        job.num_slots, job.reserved = 0, Bytes()
+
+
+def _chunk(job: Job, left: int) -> int:
+    """Tokens of a prompt that a step with `left` tokens reads."""
+    rest = job.num_prompt - job.num_read
+    if rest <= left:
+        return rest
+    stop = job.num_read + left
+    return max(0, stop - stop % CHUNK_MULTIPLE - job.num_read)

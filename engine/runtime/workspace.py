@@ -1,0 +1,29 @@
+"""What a step of the engine needs on the device beside weights and sequences."""
+
+from transformers import PreTrainedModel
+
+from longshadow.engine.shadowkv.exact import LOGITS_BLOCK
+from longshadow.engine.shadowkv.sequence import HISTORY_BLOCK_TOKENS
+
+# Tensors of the size of a token's hidden states, and of its feed-forward layer's, that are alive at once.
+HIDDEN_TENSORS = 12
+INNER_TENSORS = 4
+LOGITS_TENSORS = 6
+FP32_BYTES = 4
+
+
+def step_workspace(model: PreTrainedModel, num_prompt_tokens: int, num_sequences: int, max_model_len: int) -> int:
+    """An upper bound in bytes: activations of a step's tokens, a tile of attention, logits and their processing."""
+    config = model.config.get_text_config(decoder=True)
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    inner = max(
+        inner, (getattr(config, "moe_intermediate_size", 0) or 0) * (getattr(config, "num_experts_per_tok", 1) or 1)
+    )
+    num_tokens = max(num_prompt_tokens, num_sequences)
+    itemsize = max(FP32_BYTES, model.dtype.itemsize)
+    activations = num_tokens * (HIDDEN_TENSORS * config.hidden_size + INNER_TENSORS * inner) * itemsize
+    block = min(HISTORY_BLOCK_TOKENS, max_model_len)
+    tile = min(LOGITS_BLOCK, config.num_attention_heads * num_prompt_tokens * block)
+    history = block * config.hidden_size
+    logits = LOGITS_TENSORS * num_sequences * config.vocab_size
+    return int(activations + (3 * tile + 4 * history + logits) * itemsize)
