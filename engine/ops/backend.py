@@ -35,6 +35,7 @@ Implementation = Callable[..., None]
 class Operators:
     """One implementation of each operator; `torch.ops.longshadow` and the folders of this package describe them."""
 
+    append_tokens: Implementation
     score_chunks: Implementation
     top_chunks: Implementation
     plan_chunks: Implementation
