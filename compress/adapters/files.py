@@ -18,9 +18,9 @@ def save_adapter(
 ) -> None:
     """Writes `adapter_model.safetensors` and `adapter_config.json`, and `others` beside them: all or none.
 
-    Every layer has a scale of 1: its alpha is its rank. Where ranks differ, `alpha_pattern` and `rank_pattern` say so
-    for every layer under its whole name. `init_lora_weights` stays true, since other values ask runtimes to change
-    the base model.
+    Every layer has a scale of 1: its alpha is its rank. `alpha_pattern` and `rank_pattern` say so for each of them
+    under its whole name. For runtimes that know no patterns, `lora_alpha` is `r`, the largest rank. `init_lora_weights`
+    stays true, since other values ask runtimes to change the base model.
 
     Args:
         folder: must not exist, or be empty.
@@ -47,8 +47,6 @@ def adapter_config(layers: Mapping[str, Factors], base_model: str) -> dict[str, 
     """PEFT's configuration of an adapter with these ranks."""
     ranks = {name: factors.rank for name, factors in layers.items()}
     largest = max(ranks.values())
-    # Of one rank, the adapter is right in runtimes that know no patterns, too.
-    patterns = ranks if min(ranks.values()) < largest else {}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -56,8 +54,8 @@ def adapter_config(layers: Mapping[str, Factors], base_model: str) -> dict[str, 
         "inference_mode": True,
         "r": largest,
         "lora_alpha": largest,
-        "rank_pattern": patterns,
-        "alpha_pattern": patterns,
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
         "target_modules": sorted(ranks),
         "lora_dropout": 0.0,
         "bias": "none",

@@ -9,6 +9,7 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from longshadow.compress.adapters.reading import Adapter
+from longshadow.compress.adapters.scales import layer_rank, layer_scale
 
 if TYPE_CHECKING:
     from longshadow.compress.adapters.bases import Base
@@ -97,8 +98,17 @@ def _sglang(adapter: Adapter, method: str, name: str) -> tuple[bool | None, str]
         return None, f"whether SGLang puts adapters on {method} models is not known here"
     paths = quote(f"adapter={adapter.folder}")
     command = f"python -m sglang.launch_server --model-path {quote(name)} --lora-paths {paths}"
-    patterns = adapter.config.get("rank_pattern") or adapter.config.get("alpha_pattern")
-    return True, f"{command}{'  (older versions ignore patterns: adapter export --to padded)' if patterns else ''}"
+    note = "  (older versions ignore patterns: adapter export --to padded)" if _needs_patterns(adapter) else ""
+    return True, f"{command}{note}"
+
+
+def _needs_patterns(adapter: Adapter) -> bool:
+    """Whether a layer has another rank or scale than the configuration gives to all."""
+    common = {**adapter.config, "rank_pattern": {}, "alpha_pattern": {}}
+    return any(
+        (layer.rank, layer.scale) != (layer_rank(common, name), layer_scale(common, name))
+        for name, layer in adapter.layers.items()
+    )
 
 
 def _llama_cpp(adapter: Adapter, method: str, name: str) -> tuple[bool | None, str]:

@@ -37,11 +37,11 @@ def test_the_configuration_has_a_scale_of_one(tmp_path: Path) -> None:
     assert config["base_model_name_or_path"] == "some/Model"
 
 
-def test_layers_of_one_rank_need_no_patterns() -> None:
+def test_layers_of_one_rank_have_patterns_too() -> None:
     layers = factors_for(tiny_model(), ranks=(3,))
     config = adapter_config(layers, "some/Model")
     assert config["r"] == config["lora_alpha"] == 3
-    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["rank_pattern"] == config["alpha_pattern"] == dict.fromkeys(layers, 3)
 
 
 def test_nothing_is_overwritten_and_nothing_left_behind(tmp_path: Path) -> None:

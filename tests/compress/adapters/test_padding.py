@@ -23,7 +23,8 @@ def test_products_stay(tmp_path: Path) -> None:
     assert {layer.scale for layer in padded.layers.values()} == {1} and padded.dtype == torch.bfloat16
     assert told.layers == 14 and told.num_bytes == padded.num_bytes and "rank 16" in told.detail
     config = json.loads((tmp_path / "padded" / "adapter_config.json").read_text())
-    assert config["r"] == config["lora_alpha"] == 16 and config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["r"] == config["lora_alpha"] == 16
+    assert config["rank_pattern"] == config["alpha_pattern"] == dict.fromkeys(layers, 16)
     for name, factors in layers.items():
         assert torch.equal(padded.factors(name).product, factors.product)
 
