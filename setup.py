@@ -24,4 +24,4 @@ def package_layout() -> tuple[dict[str, str], list[str]]:
 
 
 package_dir, packages = package_layout()
-setup(package_dir=package_dir, packages=packages, package_data={"longshadow": ["py.typed", "*.pyi"]})
+setup(package_dir=package_dir, packages=packages, package_data={"": ["py.typed", "*.pyi", "page.html"]})

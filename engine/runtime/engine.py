@@ -172,6 +172,11 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it takes no more jobs: it was closed, or its loop failed."""
+        return self._closed is not None
+
     def _check_open(self) -> None:
         if self._closed is not None:
             raise EngineClosed(str(self._closed))

@@ -313,6 +313,11 @@ class LLM:
         """The engine now."""
         return self._engine.statistics()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether every further request raises EngineClosed."""
+        return self._engine.is_closed
+
     def close(self) -> None:
         """Ends every open request with EngineClosed and gives the model its own attention back. Repeatable."""
         self._engine.close()

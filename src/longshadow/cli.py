@@ -10,6 +10,7 @@ from longshadow.adapter_cli import adapter_app
 from longshadow.cli_common import INTERRUPTED, DType, log_to_stderr, torch_dtype, user_errors
 from longshadow.compensate_cli import compensate
 from longshadow.prompts import encode_prompt, read_document
+from longshadow.serve_cli import serve
 
 if TYPE_CHECKING:
     from longshadow.models import LoadedModel
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(compensate)
+app.command()(serve)
 app.add_typer(adapter_app, name="adapter")
 
 

@@ -16,10 +16,12 @@ from longshadow import __version__
 
 CACHE_VARIABLE = "LONGSHADOW_CACHE"
 BACKEND_VARIABLE = "LONGSHADOW_BACKEND"
-# The first two are the package's own; the others change what it does through the libraries it stands on.
+API_KEY_VARIABLE = "LONGSHADOW_API_KEY"
+# The first three are the package's own; the others change what it does through the libraries it stands on.
 VARIABLES = (
     CACHE_VARIABLE,
     BACKEND_VARIABLE,
+    API_KEY_VARIABLE,
     "XDG_CACHE_HOME",
     "HF_HOME",
     "HF_HUB_OFFLINE",
@@ -91,7 +93,9 @@ def _version_of(package: str) -> Callable[[], str]:
 
 
 def _variable_of(name: str) -> Callable[[], str]:
-    return lambda: os.environ.get(name, "not set")
+    # A report is shown to others; a key is not.
+    shown = "set" if name == API_KEY_VARIABLE and os.environ.get(name) else os.environ.get(name, "not set")
+    return lambda: shown
 
 
 def _commit() -> str:

@@ -1,0 +1,227 @@
+"""The server's documents: read in the background, one after the other, kept in a folder if there is one."""
+
+import asyncio
+import hashlib
+import logging
+import re
+import secrets
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from longshadow.engine.runtime import EngineClosed
+from longshadow.engine.serving.errors import ApiError, as_api_error, stopping
+
+if TYPE_CHECKING:
+    from longshadow.engine.runtime import LLM, Document
+
+SUFFIX = ".safetensors"
+ID_PATTERN = re.compile(r"doc-[0-9a-f]{24}")
+MOST_FAILED = 32
+
+Status = Literal["waiting", "reading", "ready", "failed"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class DocumentRecord:
+    """One document as the server knows it.
+
+    Args:
+        num_read_tokens: of `num_tokens`, which is None until its text has been tokenised.
+        read_seconds: what reading (or loading) it took.
+        document: the engine's; None until it is ready.
+        error: why it failed, or, of one that is ready, why it could not be saved.
+    """
+
+    id: str
+    name: str | None
+    created: int
+    status: Status = "waiting"
+    num_read_tokens: int = 0
+    num_tokens: int | None = None
+    read_seconds: float | None = None
+    document: "Document | None" = None
+    is_saved: bool = False
+    error: str | None = None
+    is_deleted: bool = False
+    done: "Future[None]" = field(default_factory=Future)
+
+
+class _Deleted(Exception):
+    """Ends the reading of a document that nobody wants any more."""
+
+
+class DocumentStore:
+    """Documents by id.
+
+    Args:
+        folder: where they are saved; None: nowhere.
+        max_waiting: documents that may wait to be read.
+    """
+
+    def __init__(self, llm: "LLM", *, folder: Path | None, max_waiting: int) -> None:
+        self._llm = llm
+        self._folder = folder
+        self._max_waiting = max_waiting
+        self._records: dict[str, DocumentRecord] = {}
+        self._lock = threading.Lock()
+        # One at a time: the first document is ready soonest, and the engine's step budget is its own.
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="longshadow-documents")
+
+    def load_saved(self) -> None:
+        """Makes the folder, and loads what it holds; a file that cannot be loaded is left alone and told of.
+
+        Raises:
+            OSError: the folder cannot be made or read.
+        """
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(self._folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime):
+            if not ID_PATTERN.fullmatch(path.stem):
+                logger.warning("%s was not saved by this server; left alone", path)
+                continue
+            started = time.monotonic()
+            try:
+                document = self._llm.load_document(path)
+            except (ValueError, OSError) as error:
+                logger.warning("%s cannot be loaded: %s", path, error)
+                continue
+            record = DocumentRecord(id=path.stem, name=document.name, created=int(path.stat().st_mtime), is_saved=True)
+            self._finish(record, document, time.monotonic() - started)
+            record.done.set_result(None)
+            self._records[record.id] = record
+
+    def add(self, text: str, *, name: str | None) -> DocumentRecord:
+        """Takes a text in, to be read in the background.
+
+        Raises:
+            ApiError: too many wait already.
+        """
+        with self._lock:
+            if sum(record.status == "waiting" for record in self._records.values()) >= self._max_waiting:
+                message = f"{self._max_waiting} documents wait to be read, which is as many as may; try again later"
+                raise ApiError(429, message, kind="rate_limit_error", code="too_many_documents")
+        return self._start(f"doc-{secrets.token_hex(12)}", text, name)
+
+    def add_file(self, path: Path, text: str) -> DocumentRecord:
+        """The same for a file given at the start; it is read once for all starts with one folder."""
+        identity = f"doc-{hashlib.sha256(text.encode(errors='replace')).hexdigest()[:24]}"
+        return self._records.get(identity) or self._start(identity, text, path.name)
+
+    def records(self) -> list[DocumentRecord]:
+        """All documents, in the order they came."""
+        return list(self._records.values())
+
+    def find(self, identity: str) -> DocumentRecord:
+        """Raises `ApiError` when there is none of this id."""
+        record = self._records.get(identity)
+        if record is None:
+            raise ApiError(404, f"there is no document {identity!r}", param="document", code="document_not_found")
+        return record
+
+    async def when_ready(self, identity: str) -> "Document":
+        """The engine's document, once it has been read.
+
+        Raises:
+            ApiError: there is none, or it cannot be read.
+        """
+        record = self.find(identity)
+        await asyncio.shield(asyncio.wrap_future(record.done))
+        if record.is_deleted:
+            self.find(identity)
+        if record.document is None:
+            message = f"the document {identity!r} could not be read: {record.error}"
+            raise ApiError(400, message, param="document", code="document_failed")
+        return record.document
+
+    def delete(self, identity: str) -> None:
+        """Forgets a document and its file; requests that use it go on.
+
+        Raises:
+            ApiError: there is none.
+            OSError: its file cannot be removed; the document stays.
+        """
+        record = self.find(identity)
+        if record.is_saved:
+            self._path(record).unlink(missing_ok=True)
+        with self._lock:
+            record.is_deleted = True
+            self._records.pop(identity, None)
+            document, record.document = record.document, None
+        if document is not None:
+            self._llm.remove_document(document)
+
+    def close(self) -> None:
+        """Waits for what is being read, which the closed engine has ended; what waited fails."""
+        self._reader.shutdown(wait=True)
+
+    def _start(self, identity: str, text: str, name: str | None) -> DocumentRecord:
+        record = DocumentRecord(id=identity, name=name, created=int(time.time()))
+        self._records[identity] = record
+        try:
+            self._reader.submit(self._read, record, text)
+        except RuntimeError as error:  # the store was closed
+            del self._records[identity]
+            raise stopping() from error
+        return record
+
+    def _read(self, record: DocumentRecord, text: str) -> None:
+        def progress(num_done: int, num_tokens: int) -> None:
+            record.num_read_tokens, record.num_tokens = num_done, num_tokens
+            if record.is_deleted:
+                raise _Deleted
+
+        started = time.monotonic()
+        try:
+            if record.is_deleted:
+                return
+            record.status = "reading"
+            document = self._llm.add_document(text, name=record.name, on_progress=progress)
+            self._finish(record, document, time.monotonic() - started)
+            if self._folder is not None and not record.is_deleted:
+                self._save(record, document)
+        except _Deleted:
+            pass
+        except Exception as error:
+            self._fail(record, error)
+        finally:
+            record.done.set_result(None)
+
+    def _finish(self, record: DocumentRecord, document: "Document", seconds: float) -> None:
+        with self._lock:
+            if not record.is_deleted:
+                record.document, record.read_seconds = document, seconds
+                record.num_read_tokens = record.num_tokens = document.num_tokens
+                record.status = "ready"
+                return
+        self._llm.remove_document(document)
+
+    def _fail(self, record: DocumentRecord, error: Exception) -> None:
+        record.error = "the server is stopping" if isinstance(error, EngineClosed) else as_api_error(error).message
+        record.status = "failed"
+        failed = [one for one in self.records() if one.status == "failed"]
+        for oldest in failed[:-MOST_FAILED]:
+            self._records.pop(oldest.id, None)
+
+    def _save(self, record: DocumentRecord, document: "Document") -> None:
+        path = self._path(record)
+        try:
+            document.save(path)
+        except (ValueError, OSError) as error:
+            record.error = f"not saved: {error}"
+            logger.warning("the document %s is ready, but cannot be saved: %s", record.id, error)
+            return
+        with self._lock:
+            record.is_saved = not record.is_deleted
+        if record.is_deleted:
+            path.unlink(missing_ok=True)
+
+    def _path(self, record: DocumentRecord) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{record.id}{SUFFIX}"

@@ -1,0 +1,120 @@
+"""`longshadow serve`: the engine behind an OpenAI-compatible interface. Nothing heavy is imported up here."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longshadow.cli_common import DType, log_to_stderr, torch_dtype, user_errors
+from longshadow.env import API_KEY_VARIABLE
+
+LIBRARIES = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, FILE.gguf, or `demo` (SmolLM2-135M-Instruct).")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar=API_KEY_VARIABLE,
+            show_envvar=True,
+            help="Key that clients must send. Others on this machine see an option; the variable they do not.",
+        ),
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of a LoRA adapter to add, such as a compensation.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What the model is called. Default: as given, or its folder.")
+    ] = None,
+    document: Annotated[
+        list[Path] | None, typer.Option(help="UTF-8 text to read at the start; give it several times for several.")
+    ] = None,
+    documents_dir: Annotated[
+        Path | None, typer.Option(help="Folder where documents are saved, and loaded from at the start.")
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences that run at once.")] = 8,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Tokens of document, prompt and answer together. Default: the model's.")
+    ] = None,
+    max_num_waiting: Annotated[int, typer.Option(help="Requests that may wait; further ones get status 429.")] = 256,
+    device_memory: Annotated[str, typer.Option(help="For caches on the device: 4GB, or a share of what is free.")] = (
+        "90%"
+    ),
+    host_memory: Annotated[str | None, typer.Option(help="For caches in host memory. Default: the engine's.")] = None,
+    max_body_mb: Annotated[float, typer.Option(help="Largest request body; larger ones get status 413.")] = 32.0,
+    request_seconds: Annotated[float, typer.Option(help="Longest request; then it gets status 503.")] = 600.0,
+    grace_seconds: Annotated[float, typer.Option(help="For open requests to finish when the server stops.")] = 30.0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if any.")] = None,
+    dtype: Annotated[DType | None, typer.Option(help="Default: float32 on a CPU, as stored on a GPU.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Serve a model to OpenAI clients, with long documents that many questions share, and a page for browsers.
+
+    Ctrl-C or SIGTERM stops it: open requests are finished, or after the grace time failed.
+    """
+    with user_errors(debug):
+        log_to_stderr()
+        require_libraries()
+
+        from longshadow.engine.serving.settings import MEBIBYTE, ServingSettings
+        from longshadow.prompts import read_document
+
+        settings = ServingSettings(
+            model_name=name or served_name(model),
+            host=host,
+            port=port,
+            api_key=api_key or None,
+            max_body_bytes=int(max_body_mb * MEBIBYTE),
+            request_seconds=request_seconds,
+            grace_seconds=grace_seconds,
+            documents_dir=documents_dir,
+        )
+        texts = [(path, read_document(str(path))) for path in document or ()]
+
+        from longshadow.compress.adapters.installing import with_adapter
+        from longshadow.compress.adapters.reading import read_adapter
+        from longshadow.engine.runtime import LLM
+        from longshadow.engine.serving.application import make_service
+        from longshadow.engine.serving.server import bound_socket, run
+        from longshadow.models import load_model
+
+        lora = None if adapter is None else read_adapter(adapter)
+        with bound_socket(settings) as bound:
+            loaded = load_model(model, dtype=torch_dtype(dtype), device=device)
+            if lora is not None:
+                loaded = with_adapter(loaded, lora)
+            llm = LLM(
+                loaded.model,
+                tokenizer=loaded.tokenizer,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+                max_num_waiting=max_num_waiting,
+                device_memory=device_memory,
+                host_memory=host_memory,
+            )
+            with llm:
+                service = make_service(llm, settings)
+                service.documents.load_saved()
+                for path, text in texts:
+                    service.documents.add_file(path, text)
+                if not settings.is_local and settings.api_key is None:
+                    print(f"warning: without an API key whoever reaches {host} can use this model", file=sys.stderr)
+                run(service, bound)
+
+
+def require_libraries() -> None:
+    """Raises `ValueError` where the extra `serve` is not installed."""
+    if missing := [name for name in LIBRARIES if importlib.util.find_spec(name) is None]:
+        names = ", ".join(missing).replace("_", "-")
+        raise ValueError(f"serving needs {names}; install them with `pip install 'longshadow[serve]'`")
+
+
+def served_name(model: str) -> str:
+    """What clients call a model: the name of its folder or file, otherwise what it was asked for by."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else model

@@ -1,0 +1,221 @@
+"""Documents over HTTP: reading, asking, saving, loading, deleting."""
+
+import threading
+import time
+
+import openai
+import pytest
+
+from longshadow import SamplingParams
+from longshadow.engine.runtime import DocumentError
+from tests.engine.serving.conftest import serving, wait_until
+from tests.engine.serving.fake_engine import FakeEngine
+from tests.engine.serving.test_bodies import COMPLETION, refusal
+
+TEXT = "The code of the northern gate is 7412. " * 60
+QUESTION = [{"role": "user", "content": "Which code?"}]
+
+
+def create(client, text=TEXT, **fields):
+    response = client.post("/v1/documents", json={"text": text, **fields})
+    assert response.status_code == 201, response.text
+    return response.json()
+
+
+def ready(client, identity):
+    """The document once it has been read or has failed."""
+    state = {}
+
+    def is_done():
+        state.update(client.get(f"/v1/documents/{identity}").json())
+        return state["status"] in ("ready", "failed")
+
+    wait_until(is_done)
+    return state
+
+
+def test_life_of_a_document(server, llm):
+    with server.client() as client:
+        made = create(client, name="gate.txt")
+        assert made["object"] == "document" and made["name"] == "gate.txt"
+        assert made["status"] in ("waiting", "reading")
+        state = ready(client, made["id"])
+        assert state["status"] == "ready" and state["error"] is None and not state["saved"]
+        assert state["num_read_tokens"] == state["num_tokens"] > 1500
+        memory = state["memory"]
+        assert memory["device_bytes"] == sum(memory["device"].values())
+        assert memory["host_bytes"] == sum(memory["host"].values()) > 0
+        assert 0 < memory["device_bytes"] < memory["full_cache_bytes"]
+        assert client.get("/v1/documents").json()["data"] == [state]
+        assert client.delete(f"/v1/documents/{made['id']}").json()["deleted"] is True
+        assert client.get("/v1/documents").json()["data"] == []
+        assert refusal(client.get(f"/v1/documents/{made['id']}"), 404)["code"] == "document_not_found"
+        assert refusal(client.delete(f"/v1/documents/{made['id']}"), 404)["param"] == "document"
+    assert llm.statistics().num_documents == 0
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_question_waits_for_its_document_and_shares_it(server, llm, stream):
+    client = server.openai()
+    with server.client() as http:
+        identity = create(http)["id"]
+        request = dict(model="tiny", messages=QUESTION, temperature=0, max_tokens=10, extra_body={"document": identity})
+        if stream:
+            chunks = list(
+                client.chat.completions.create(**request, stream=True, stream_options={"include_usage": True})
+            )
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+            usage = chunks[-1].usage
+        else:
+            answer = client.chat.completions.create(**request)
+            text, usage = answer.choices[0].message.content, answer.usage
+        num_tokens = ready(http, identity)["num_tokens"]
+        http.delete(f"/v1/documents/{identity}")
+    with_document = llm.add_document(TEXT)
+    prompt = llm.chat_prompt(QUESTION, document=with_document)
+    [output] = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=10), document=with_document)
+    llm.remove_document(with_document)
+    assert text == output.outputs[0].text
+    assert usage.prompt_tokens == num_tokens + len(prompt)
+    assert usage.prompt_tokens_details.cached_tokens == num_tokens
+
+
+def test_a_completion_goes_on_from_a_document(server, llm):
+    with server.client() as http:
+        identity = create(http)["id"]
+        body = COMPLETION | {"document": identity, "temperature": 0, "prompt": " and"}
+        usage = http.post("/v1/completions", json=body).json()["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"] - len(" and")
+        http.delete(f"/v1/documents/{identity}")
+
+
+def test_an_unknown_document(server):
+    with server.client() as client:
+        for identity in ("doc-nothing", "", "../../etc/passwd"):
+            error = refusal(client.post("/v1/completions", json=COMPLETION | {"document": identity}), 404)
+            assert (error["param"], error["code"]) == ("document", "document_not_found")
+
+
+def test_a_document_that_is_too_long_fails(server, llm):
+    with server.client() as client:
+        state = ready(client, create(client, "x" * (llm.max_model_len + 1))["id"])
+        assert state["status"] == "failed" and "tokens" in state["error"]
+        error = refusal(client.post("/v1/completions", json=COMPLETION | {"document": state["id"]}))
+        assert error["code"] == "document_failed" and state["error"] in error["message"]
+        client.delete(f"/v1/documents/{state['id']}")
+
+
+def test_blank_texts_and_names(server):
+    with server.client() as client:
+        refusal(client.post("/v1/documents", json={"text": ""}))
+        refusal(client.post("/v1/documents", json={"text": "x", "name": ""}))
+        refusal(client.post("/v1/documents", json={"text": "x", "name": "n" * 201}))
+        refusal(client.post("/v1/documents", json={"text": 5}))
+        state = ready(client, create(client, "  \n ")["id"])
+        assert state["status"] == "failed" and "empty" in state["error"]
+        client.delete(f"/v1/documents/{state['id']}")
+
+
+def test_saved_documents_are_there_after_a_restart(llm, tmp_path):
+    with serving(llm, keeps_engine=True, documents_dir=tmp_path) as server, server.client() as client:
+        identity = create(client, name="gate")["id"]
+        wait_until(lambda: ready(client, identity)["saved"])
+        before = client.get(f"/v1/documents/{identity}").json()
+        ask = COMPLETION | {"document": identity, "temperature": 0, "max_tokens": 8}
+        answer = client.post("/v1/completions", json=ask).json()["choices"]
+        [document] = [record.document for record in server.service.documents.records()]
+    llm.remove_document(document)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{identity}.safetensors"]
+    with serving(llm, keeps_engine=True, documents_dir=tmp_path) as server, server.client() as client:
+        [after] = client.get("/v1/documents").json()["data"]
+        assert after["status"] == "ready" and after["saved"]
+        for field in ("id", "name", "num_tokens", "memory"):
+            assert after[field] == before[field]
+        assert client.post("/v1/completions", json=ask).json()["choices"] == answer
+        client.delete(f"/v1/documents/{identity}")
+    assert list(tmp_path.iterdir()) == []
+    assert llm.statistics().num_documents == 0
+
+
+def test_files_that_cannot_be_loaded_are_left_alone(llm, tmp_path, caplog):
+    damaged = tmp_path / f"doc-{'0' * 24}.safetensors"
+    damaged.write_bytes(b"nothing of the kind")
+    foreign = tmp_path / "model.safetensors"
+    foreign.write_bytes(b"someone else's")
+    with serving(llm, keeps_engine=True, documents_dir=tmp_path) as server, server.client() as client:
+        assert client.get("/v1/documents").json()["data"] == []
+    assert damaged.exists() and foreign.exists()
+    assert f"{damaged} cannot be loaded" in caplog.text
+    assert f"{foreign} was not saved by this server" in caplog.text
+
+
+def test_a_document_that_cannot_be_saved_can_be_used(monkeypatch, tmp_path):
+    def full(self, path):
+        raise DocumentError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr("tests.engine.serving.fake_engine.FakeDocument.save", full)
+    with serving(FakeEngine(), documents_dir=tmp_path) as server, server.client() as client:
+        identity = create(client)["id"]
+        wait_until(lambda: ready(client, identity)["error"] is not None)
+        state = ready(client, identity)
+        assert state["status"] == "ready" and not state["saved"] and "No space left" in state["error"]
+        assert client.post("/v1/completions", json=COMPLETION | {"document": identity}).status_code == 200
+
+
+def test_as_many_wait_as_may():
+    with serving(FakeEngine(document_tempo=10), max_waiting_documents=2) as server, server.client() as client:
+        first = create(client)["id"]
+        wait_until(lambda: client.get(f"/v1/documents/{first}").json()["status"] == "reading")
+        waiting = [create(client)["id"] for _ in range(2)]
+        assert refusal(client.post("/v1/documents", json={"text": "x"}), 429)["code"] == "too_many_documents"
+        for identity in (waiting[0], first):
+            client.delete(f"/v1/documents/{identity}")
+        started = time.monotonic()
+        wait_until(lambda: client.get(f"/v1/documents/{waiting[1]}").json()["status"] == "reading")
+        assert time.monotonic() - started < 8, "a deleted document is read no further"
+
+
+def test_a_document_that_is_deleted_while_it_is_read_leaves_nothing(tmp_path):
+    engine = FakeEngine(document_tempo=0.5)
+    with serving(engine, documents_dir=tmp_path) as server, server.client() as client:
+        identity = create(client)["id"]
+        client.delete(f"/v1/documents/{identity}")
+        ready(client, create(client, "another")["id"])
+        assert [document.num_tokens for document in engine.documents] == [len("another")]
+        error = refusal(client.post("/v1/completions", json=COMPLETION | {"document": identity}), 404)
+        assert error["code"] == "document_not_found"
+
+
+def test_what_waits_for_a_deleted_document_is_told():
+    with serving(FakeEngine(document_tempo=2.0)) as server, server.client() as client:
+        identity = create(client)["id"]
+        threading.Timer(0.3, lambda: client.delete(f"/v1/documents/{identity}")).start()
+        with pytest.raises(openai.NotFoundError):
+            server.openai().completions.create(model="tiny", prompt="x", extra_body={"document": identity})
+
+
+def test_the_end_fails_documents_that_wait():
+    engine = FakeEngine(document_tempo=20.0)
+    with serving(engine, grace_seconds=0.1) as server, server.client() as client:
+        identities = [create(client)["id"] for _ in range(3)]
+    assert [server.service.documents.find(one).status for one in identities] == ["failed"] * 3
+    assert {server.service.documents.find(one).error for one in identities} == {"the server is stopping"}
+
+
+def test_only_the_last_failures_are_kept():
+    with serving(FakeEngine(document_failure=ValueError("no"))) as server, server.client() as client:
+        for _ in range(40):
+            ready(client, create(client)["id"])
+        assert len(client.get("/v1/documents").json()["data"]) == 32
+
+
+def test_a_file_given_at_the_start_is_read_once(tmp_path):
+    path = tmp_path / "report.txt"
+    folder = tmp_path / "documents"
+    for _ in range(2):
+        with serving(FakeEngine(), documents_dir=folder) as server, server.client() as client:
+            record = server.service.documents.add_file(path, TEXT)
+            wait_until(lambda record=record: record.is_saved)
+            [state] = client.get("/v1/documents").json()["data"]
+            assert state["name"] == "report.txt"
+    assert len(list(folder.iterdir())) == 1
