@@ -7,13 +7,19 @@ from dataclasses import dataclass
 
 import torch
 
+from longshadow.engine.shadowkv.subspace import TINY, dominant_subspace
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+# Least root mean square of a coefficient before scaling, as a share of the largest.
+SMALLEST_SCALE = 1e-6
+
 
 @dataclass(frozen=True, eq=False)
 class LowRankBasis:
-    """keys ~ coefficients @ rows + mean, with coefficients [n, r] of unit mean square per column.
+    """keys ~ coefficients @ rows + mean, with uncorrelated coefficients [n, r] of unit mean square per column.
 
     Attributes:
-        rows: [r, W], directions (orthogonal after weighting), each scaled by the root mean square of its coefficient.
+        rows: [r, W]; weighted, they span the subspace that keeps the most energy.
         projection: [W, r], maps (keys - mean) to coefficients.
         mean: [W], zeros without centring.
         energy_kept: 1 - |w (keys - approximation)|^2 / |w keys|^2 over the accumulated keys.
@@ -25,8 +31,17 @@ class LowRankBasis:
     energy_kept: float
 
     def coefficients(self, keys: torch.Tensor) -> torch.Tensor:
-        """[n, W] -> [n, r]."""
-        return (keys - self.mean) @ self.projection
+        """[n, W] -> [n, r], in the dtype of the basis.
+
+        Half-precision keys on a GPU are multiplied as they are, with fp32 sums: the projection, its columns scaled
+        to a largest entry of 1, is rounded like the keys.
+        """
+        if not keys.is_cuda or keys.dtype not in HALF_PRECISION:
+            return (keys.to(self.projection.dtype) - self.mean) @ self.projection
+        scale = self.projection.abs().amax(0).clamp(min=torch.finfo(self.projection.dtype).tiny)
+        projection = (self.projection / scale).to(keys.dtype)
+        products = torch.mm(keys, projection, out_dtype=torch.float32)
+        return products.sub_(self.mean @ projection.float()).mul_(scale)
 
 
 class GramAccumulator:
@@ -48,19 +63,38 @@ class GramAccumulator:
         self._sum += keys.sum(0)
         self._gram += keys.T @ keys
 
-    def solve(self, *, rank: int | None, rank_energy: float | None, center: bool, dtype: torch.dtype) -> LowRankBasis:
+    def add_sums(self, gram: torch.Tensor, key_sum: torch.Tensor, num_tokens: int) -> None:
+        """Accumulates what `summarize_keys` made of `num_tokens` keys: keys^T keys [W, W] and their sum [W]."""
+        self.num_tokens += num_tokens
+        self._sum += key_sum
+        self._gram += gram
+
+    def solve(
+        self,
+        *,
+        rank: int | None,
+        rank_energy: float | None,
+        center: bool,
+        dtype: torch.dtype,
+        iterative: bool | None = None,
+    ) -> LowRankBasis:
         """The rank-r approximation with the least |w (keys - approximation)|^2, from a (centred) Gram matrix.
 
         Eckart-Young on w keys, through its eigendecomposition. Exactly one of `rank` and `rank_energy` (the smallest
-        rank that keeps that share of |w keys|^2).
+        rank that keeps that share of |w keys|^2). `iterative`: for a given rank a subspace iteration instead, which
+        keeps the same energy within 0.1 % in products a GPU is good at; None: on a GPU.
         """
+        if iterative is None:
+            iterative = rank is not None and self._gram.device.type == "cuda"
         mean = self._sum / self.num_tokens if center else torch.zeros_like(self._sum)
         weighted = self._gram * torch.outer(self._weights, self._weights)
         weighted_mean = mean * self._weights
         total = weighted.trace()
-        eigenvalues, eigenvectors = torch.linalg.eigh(
-            weighted - self.num_tokens * torch.outer(weighted_mean, weighted_mean)
-        )
+        centred = weighted - self.num_tokens * torch.outer(weighted_mean, weighted_mean)
+        if iterative:
+            assert rank is not None
+            return self._iterate(centred, total, mean, min(rank, centred.shape[0]), dtype)
+        eigenvalues, eigenvectors = torch.linalg.eigh(centred)
         eigenvalues = eigenvalues.flip(0).clamp(min=0)
         lost = torch.cat([eigenvalues.flip(0).cumsum(0).flip(0), eigenvalues.new_zeros(1)])  # lost[r] at rank r
         if rank is None:
@@ -69,10 +103,35 @@ class GramAccumulator:
         rank = min(rank, eigenvalues.numel())
         vectors = eigenvectors.flip(1)[:, :rank]
         scale = (eigenvalues[:rank] / self.num_tokens).sqrt()
-        scale = scale.clamp(min=torch.finfo(dtype).tiny + 1e-12 * float(scale[0])) if float(scale[0]) > 0 else scale + 1
+        # Directions without energy, of fewer tokens than the rank: their coefficients, rounding, must stay small.
+        smallest = torch.finfo(dtype).tiny + SMALLEST_SCALE * float(scale[0])
+        scale = scale.clamp(min=smallest) if float(scale[0]) > 0 else scale + 1
         return LowRankBasis(
             rows=(vectors / self._weights.unsqueeze(1) * scale).T.to(dtype).contiguous(),
             projection=(vectors * self._weights.unsqueeze(1) / scale).to(dtype).contiguous(),
             mean=mean.to(dtype),
             energy_kept=float(1 - lost[rank] / total) if float(total) > 0 else 1.0,
+        )
+
+    def _iterate(
+        self, centred: torch.Tensor, total: torch.Tensor, mean: torch.Tensor, rank: int, dtype: torch.dtype
+    ) -> LowRankBasis:
+        """The basis from a subspace iteration on the (centred) weighted Gram matrix; the host waits once.
+
+        With Q its orthonormal basis and Q^T G Q / n = L L^T, coefficients w (x - mean) Q L^-T have the identity as
+        their second moments, and the eigenvectors within the subspace need not be known.
+        """
+        subspace = dominant_subspace(centred, rank)
+        moments = subspace.T @ (centred @ subspace) / self.num_tokens
+        kept = moments.trace() * self.num_tokens
+        moments.diagonal().add_(SMALLEST_SCALE**2 * moments.diagonal().amax().clamp(min=TINY))
+        factor = torch.linalg.cholesky_ex(moments).L
+        whitened = torch.linalg.solve_triangular(factor.T, subspace, upper=True, left=False)
+        weights = self._weights.unsqueeze(1)
+        lost = (centred.trace() - kept).clamp(min=0)
+        return LowRankBasis(
+            rows=(subspace @ factor / weights).T.to(dtype).contiguous(),
+            projection=(whitened * weights).to(dtype).contiguous(),
+            mean=mean.to(dtype),
+            energy_kept=float(torch.where(total > 0, 1 - lost / total, 1.0)),
         )

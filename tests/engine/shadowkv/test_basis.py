@@ -62,3 +62,40 @@ def test_constant_and_zero_keys_are_kept_exactly() -> None:
         basis = solve(keys, center=True, rank=4)
         torch.testing.assert_close(basis.coefficients(keys) @ basis.rows + basis.mean, keys)
         assert basis.energy_kept == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("rank", [1, 7, 24])
+def test_the_iteration_keeps_the_eigendecompositions_energy(rank: int, center: bool, weighted: bool) -> None:
+    keys = decaying_keys(701, 24).double()
+    weights = torch.linspace(2, 0.1, 24) if weighted else None
+    exact = solve(keys, center=center, weights=weights, rank=rank)
+    basis = solve(keys, center=center, weights=weights, rank=rank, iterative=True)
+    assert basis.energy_kept == pytest.approx(exact.energy_kept, rel=1e-3)
+    difference = (basis.coefficients(keys) @ basis.rows + basis.mean - keys) * (1 if weights is None else weights)
+    energy = (keys * (1 if weights is None else weights)).double().square().sum()
+    assert float(1 - difference.double().square().sum() / energy) == pytest.approx(basis.energy_kept, abs=1e-6)
+    if center:
+        moments = basis.coefficients(keys).T @ basis.coefficients(keys) / len(keys)
+        torch.testing.assert_close(moments, torch.eye(rank, dtype=torch.float64), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("iterative", [False, True])
+@pytest.mark.parametrize("keys", [torch.zeros(64, 8), torch.full((64, 8), 3.0), decaying_keys(5, 24)])
+def test_without_energy_in_all_directions_coefficients_stay_small(keys: torch.Tensor, iterative: bool) -> None:
+    """Fewer tokens than the rank, or all the same: what is rounded to half precision must not overflow."""
+    basis = solve(keys, center=True, rank=8, iterative=iterative)
+    coefficients = basis.coefficients(keys)
+    assert coefficients.abs().max() < 10
+    torch.testing.assert_close(coefficients @ basis.rows + basis.mean, keys, rtol=1e-4, atol=1e-4)
+    assert basis.energy_kept == pytest.approx(1.0, abs=1e-6)
+
+
+def test_sums_made_elsewhere_count_like_keys() -> None:
+    keys = decaying_keys(500, 24).double()
+    gram = GramAccumulator(24, keys.device)
+    gram.add(keys[:200])
+    gram.add_sums(keys[200:].T @ keys[200:], keys[200:].sum(0), 300)
+    arguments = dict(rank=7, rank_energy=None, center=True, dtype=torch.float64)
+    assert gram.solve(**arguments).energy_kept == pytest.approx(solve(keys, center=True, rank=7).energy_kept, abs=1e-9)
