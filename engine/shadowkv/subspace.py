@@ -58,4 +58,5 @@ def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
     products = columns.T @ columns
     products.diagonal().add_(SHIFT)
     factor = torch.linalg.cholesky_ex(products).L
-    return torch.linalg.solve_triangular(factor.T, columns, upper=True, left=False)
+    orthonormal: torch.Tensor = torch.linalg.solve_triangular(factor.T, columns, upper=True, left=False)
+    return orthonormal
