@@ -1,6 +1,5 @@
 """What `longshadow compensate` is told."""
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +11,6 @@ from longshadow.compress.solver import Method
 Choice = Method | Literal["best"]
 BYTES_PER_MB = 1_000_000
 DEFAULT_RANK = 32
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +70,3 @@ class CompensationOptions:
         if self.budget_bpw is not None:
             return None, int(self.budget_bpw * num_layer_weights / bits)
         return self.rank or DEFAULT_RANK, None
-
-
-def parse_bytes(text: str) -> int:
-    """`8GB` -> 8,000,000,000, `512M`, `2 gib`.
-
-    Raises ValueError for anything else.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
-    if not found or not float(found[1]) > 0:
-        raise ValueError(f"a size of memory looks like 8GB or 512MB, got {text!r}")
-    unit = 1024 ** list(UNITS).index(found[2]) if found[3] else UNITS[found[2]]
-    return int(float(found[1]) * unit)

@@ -9,6 +9,7 @@ import typer
 from longshadow.adapter_cli import adapter_app
 from longshadow.cli_common import INTERRUPTED, DType, log_to_stderr, torch_dtype, user_errors
 from longshadow.compensate_cli import compensate
+from longshadow.plan_cli import plan
 from longshadow.prompts import encode_prompt, read_document
 from longshadow.serve_cli import serve
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command()(compensate)
 app.command()(serve)
+app.command()(plan)
 app.add_typer(adapter_app, name="adapter")
 
 

@@ -82,10 +82,11 @@ def compensate(
         import torch
 
         from longshadow.compress.command import run_compensation
-        from longshadow.compress.options import CompensationOptions, parse_bytes
+        from longshadow.compress.options import CompensationOptions
         from longshadow.compress.planning import plan_compensation
         from longshadow.compress.table import print_compensation, print_plan
         from longshadow.display import LayerBar
+        from longshadow.sizes import parse_bytes
 
         options = CompensationOptions(
             rank=rank,

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from longshadow.compress.options import CompensationOptions, parse_bytes
+from longshadow.compress.options import CompensationOptions
 
 
 def test_sizes_become_ranks_or_weights() -> None:
@@ -34,11 +34,3 @@ def test_sizes_become_ranks_or_weights() -> None:
 def test_mistakes(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CompensationOptions(**options)
-
-
-def test_bytes() -> None:
-    assert parse_bytes("8GB") == parse_bytes("8 g") == 8 * 10**9
-    assert parse_bytes("1.5MiB") == 3 * 2**19 and parse_bytes("12") == 12
-    for text in ("", "GB", "8 parsecs", "-1GB", "0"):
-        with pytest.raises(ValueError, match="looks like 8GB"):
-            parse_bytes(text)
