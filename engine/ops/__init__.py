@@ -1,4 +1,4 @@
-"""The operators of ShadowKV's decoding step and of its prefill summary, each in PyTorch, Triton, and some in CUDA C++."""
+"""The operators of ShadowKV's decoding step and prefill summary, each in PyTorch and Triton, some in CUDA C++."""
 
 from longshadow.engine.ops.backend import Operators, choose_backend, operators
 from longshadow.engine.ops.tables import RowKind, SegmentTable

@@ -37,9 +37,7 @@ def compile_ahead_of_time(configuration: Configuration, capability: int) -> Any:
     from triton.compiler import ASTSource
 
     kernel = configuration.kernel
-    types = {
-        name: configuration.signature.get(name, "constexpr") for name in kernel.arg_names
-    }
+    types = {name: configuration.signature.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {
         (position,): [["tt.divisibility", POINTER_ALIGNMENT]]
         for position, type_name in enumerate(types.values())

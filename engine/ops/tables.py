@@ -52,8 +52,8 @@ class Field(IntEnum):
     RANK = 6  # r
     BASIS = 7  # [H, r, D]
     MEAN = 8  # [H, D]
-    COS = 9  # fp32 [n, P]; 0 without RoPE, like SIN
-    SIN = 10  # fp32 [n, P]
+    COS = 9  # [n, P] in fp32 or the model's dtype; 0 without RoPE, like SIN
+    SIN = 10  # [n, P]
     VALUES = 11  # [H, C, c, V] packed rows, on the device or in pinned host memory
     VALUE_SCALES = 12  # fp32 [H, C, c]
     EXACT_CHUNKS = 13  # int64 [H, p], ascending, local to the segment
@@ -83,6 +83,7 @@ class SegmentTable:
         segments: int64 [B, N, len(Field)].
         regions: int64 [B, N + 1, len(RegionField)].
         factors, values: kinds of the landmarks' and coefficients' rows, and of the values'.
+        rotation_fp32: whether cos and sin are stored in fp32; else they are in the model's dtype, as it computes them.
     """
 
     def __init__(
@@ -97,9 +98,10 @@ class SegmentTable:
     ) -> None:
         """Tables of empty sequences; `dtype` is the model's."""
         self.factors, self.values, self._dtype = factors, values, dtype
+        self.rotation_fp32 = True
         self.segments = torch.zeros(batch_size, max_segments, len(Field), dtype=torch.int64, device=device)
         self.regions = torch.zeros(batch_size, max_segments + 1, len(RegionField), dtype=torch.int64, device=device)
-        self._held: list[tuple[Sequence["Segment"], tuple[torch.Tensor, torch.Tensor] | None]]
+        self._held: list[tuple[Sequence[Segment], tuple[torch.Tensor, torch.Tensor] | None]]
         self._held = [((), None) for _ in range(batch_size)]
 
     def assign(
@@ -122,8 +124,9 @@ class SegmentTable:
         regions += [[0] * len(RegionField)] * (room - len(segments))
         regions.append([0] * len(RegionField) if tail is None else self._describe_region(*tail))
         self._held[index] = (tuple(segments), tail)
-        self.segments[index] = torch.tensor(rows, dtype=torch.int64).view(room, len(Field))
-        self.regions[index] = torch.tensor(regions, dtype=torch.int64)
+        # Nobody waits for the copies: the driver reads pageable memory before it returns.
+        self.segments[index].copy_(torch.tensor(rows, dtype=torch.int64).view(room, len(Field)), non_blocking=True)
+        self.regions[index].copy_(torch.tensor(regions, dtype=torch.int64), non_blocking=True)
 
     def assign_tail(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Gives sequence `index` another tail, keys [H, n, D] and values [H, n, V]; their heads may lie apart."""
@@ -146,8 +149,11 @@ class SegmentTable:
         row[Field.BASIS] = self._address("basis", basis, self._dtype)
         row[Field.MEAN] = self._address("mean", mean, self._dtype)
         if cos is not None and sin is not None:
-            row[Field.COS] = self._address("cos", cos, torch.float32)
-            row[Field.SIN] = self._address("sin", sin, torch.float32)
+            # It depends on the model alone, so that the segments of a cache agree.
+            self.rotation_fp32 = cos.dtype == torch.float32
+            rotation_dtype = torch.float32 if self.rotation_fp32 else self._dtype
+            row[Field.COS] = self._address("cos", cos, rotation_dtype)
+            row[Field.SIN] = self._address("sin", sin, rotation_dtype)
         row[Field.EXACT_CHUNKS] = self._address("exact chunks", segment.exact_chunks, torch.int64)
         row[Field.EXACT_KEYS] = self._address("exact keys", segment.exact_keys, self._dtype)
         row[Field.EXACT_VALUES] = self._address("exact values", segment.exact_values, self._dtype)
@@ -188,6 +194,13 @@ class SegmentTable:
         return address
 
 
+def check_contiguous(**tensors: torch.Tensor) -> None:
+    """Raises ValueError for tensors, by name, that are not contiguous: kernels know shapes, not strides."""
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for {tuple(tensor.shape)}")
+
+
 def read_rows(table: torch.Tensor) -> list[list[list[int]]]:
     """The rows of each sequence that describe something, as ints to be indexed by `Field` or `RegionField`."""
     length = Field.NUM_CHUNKS if table.shape[2] == len(Field) else RegionField.LENGTH
@@ -202,6 +215,16 @@ def read_packed(
     if kind == RowKind.MODEL:
         return rows
     return rows.float() * tensor_at(scales, shape[:-1], torch.float32, device).unsqueeze(-1)
+
+
+def read_region(
+    row: list[int], part: RegionField, num_heads: int, width: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """KEYS [H, n, D] or VALUES [H, n, V] of a row of the region table, whose head_dim is `width`, as a view."""
+    strides = {RegionField.KEYS: RegionField.KEY_HEAD_STRIDE, RegionField.VALUES: RegionField.VALUE_HEAD_STRIDE}
+    shape, head_stride = (num_heads, row[RegionField.LENGTH], width), row[strides[part]]
+    span = (num_heads - 1) * head_stride + shape[1] * width
+    return tensor_at(row[part], (span,), dtype, device).as_strided(shape, (head_stride, width, 1))
 
 
 def tensor_at(address: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -131,7 +131,6 @@ def unpacked(store: RowStore) -> torch.Tensor:
     return rows.double() * scales[0].double().unsqueeze(-1) if scales else rows.double()
 
 
-
 def _tokens(seed: int, num_heads: int, num_tokens: int, width: int) -> torch.Tensor:
     """Vectors [H, n, width] around one that all share, as keys with a bias are."""
     noise = _normal(seed, num_heads, num_tokens, width)

@@ -5,8 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
+CAPABILITIES = (80, 90, 100)
+# Triton's interpreter multiplies matrices of bfloat16 by their bits.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16) if torch.cuda.is_available() else (torch.float32, torch.float16)
 POISON = -7
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -38,3 +42,19 @@ def run_compiler(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
+
+
+def check_that_it_compiles(operator: str, name: str) -> None:
+    """Compiles one configuration of an operator's Triton kernels for every supported generation of devices."""
+    pytest.importorskip("triton")
+    code = f"""
+from longshadow.engine.ops.configuration import SHARED_MEMORY, compile_ahead_of_time
+from longshadow.engine.ops.{operator}.triton_kernel import CONFIGURATIONS
+[configuration] = [found for found in CONFIGURATIONS if found.name == {name!r}]
+for capability in {CAPABILITIES}:
+    kernel = compile_ahead_of_time(configuration, capability)
+    assert f".target sm_{{capability}}" in kernel.asm["ptx"] and len(kernel.asm["cubin"]) > 1000
+    assert kernel.metadata.shared <= SHARED_MEMORY
+    print(capability)
+"""
+    assert run_compiler(code).split() == [str(capability) for capability in CAPABILITIES]

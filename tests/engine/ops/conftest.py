@@ -6,6 +6,7 @@ Without a GPU Triton's kernels run in its interpreter (tests/conftest.py switche
 import pytest
 import torch
 
+from longshadow.engine.ops import splits
 from longshadow.engine.ops.backend import why_not
 
 
@@ -17,9 +18,16 @@ def device() -> torch.device:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
-    """"triton", or what `@pytest.mark.parametrize("backend", [...], indirect=True)` says; skipped where impossible."""
+    """ "triton", or what `@pytest.mark.parametrize("backend", [...], indirect=True)` says; skipped where impossible."""
     name: str = getattr(request, "param", "triton")
     reason = why_not(name, device)
     if reason is not None:
         pytest.skip(reason)
     return name
+
+
+@pytest.fixture
+def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels cut the work of a sequence and head into few parts: programs are interpreted slowly."""
+    monkeypatch.setattr(splits, "TARGET_PROGRAMS", 12)
+    monkeypatch.setattr(splits, "MINIMUM_CHUNKS", 32)
