@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from longshadow import ShadowKVConfig
 from longshadow.cli import app
 from longshadow.engine.planning.implementation import PUBLISHED_HIT_RATE
-from tests.engine.planning.test_model_shape import LLAMA
+from tests.engine.planning.test_reading import LLAMA
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGE = ("--model", "llama-3.1-8b", "--gpu", "h200", "--context", "122k")

@@ -10,8 +10,8 @@ from functools import cache
 
 from longshadow.engine.planning.hardware import A100
 from longshadow.engine.planning.implementation import ORIGINAL, original_config
-from longshadow.engine.planning.model_shape import SHAPES
 from longshadow.engine.planning.published import BLOCK_COLUMNS, BLOCKS, PREFILLS, BlockTimes, published_budget
+from longshadow.engine.planning.reading import SHAPES
 from longshadow.engine.planning.steps import Efficiency, Load, layer_operators, prefill_attention
 
 PUBLISHED_MODEL = SHAPES["llama-3-8b-1m"]

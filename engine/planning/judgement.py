@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from longshadow.engine.planning.calibration import MEAN_NEW_TOKENS, PUBLISHED_MODEL, block_load, fitted
 from longshadow.engine.planning.hardware import A100
 from longshadow.engine.planning.implementation import ORIGINAL, original_config
-from longshadow.engine.planning.model_shape import SHAPES, ModelShape
+from longshadow.engine.planning.model_shape import ModelShape
 from longshadow.engine.planning.published import (
     BLOCK_COLUMNS,
     BLOCKS,
@@ -20,6 +20,7 @@ from longshadow.engine.planning.published import (
     THROUGHPUTS,
     published_budget,
 )
+from longshadow.engine.planning.reading import SHAPES
 from longshadow.engine.planning.steps import (
     Efficiency,
     Load,

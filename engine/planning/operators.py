@@ -1,43 +1,21 @@
-"""Bytes, operations and kernels of every operator of a decoding step and of a prompt, in one layer.
+"""Bytes, operations and kernels of ShadowKV's operators in one layer: of a decoding step, and of a prompt.
 
-Legend of the formulas: B sequences, H KV heads, G query heads per KV head, D head_dim, C chunks of c tokens, m
-candidate chunks, t selected tokens, r rank, e bytes of an element.
+Legend: B sequences, H KV heads, G query heads per KV head, D head_dim, C chunks of c tokens, m candidate chunks,
+t selected tokens, r rank, e bytes of an element.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from longshadow.engine.planning.hardware import Format
 from longshadow.engine.planning.implementation import Implementation
 from longshadow.engine.planning.layout import SequenceSize
-from longshadow.engine.planning.memory import SCALE_BYTES, vector_bytes
+from longshadow.engine.planning.memory import INDEX_BYTES, SCALE_BYTES, vector_bytes
 from longshadow.engine.planning.model_shape import ModelShape
+from longshadow.engine.planning.products import LOGIT_BYTES, Work, full_attention
 from longshadow.engine.shadowkv.config import ShadowKVConfig
 
-INDEX_BYTES = 8
 # A kernel that reads host memory gets at least this much at a time.
 HOST_SECTOR_BYTES = 32
-LOGIT_BYTES = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What something takes of each ceiling; two operations per multiply-add."""
-
-    device_bytes: float = 0
-    link_bytes: float = 0
-    operations: Mapping[Format, float] = field(default_factory=dict)
-    num_kernels: int = 0
-
-    def __add__(self, other: "Work") -> "Work":
-        """Both, at the same time or not."""
-        formats = {**self.operations, **other.operations}
-        return Work(
-            device_bytes=self.device_bytes + other.device_bytes,
-            link_bytes=self.link_bytes + other.link_bytes,
-            operations={name: self.operations.get(name, 0) + other.operations.get(name, 0) for name in formats},
-            num_kernels=self.num_kernels + other.num_kernels,
-        )
+SUBSPACE_ITERATIONS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,70 +62,6 @@ class DecodeStep:
     def vector_bytes(self) -> int:
         """D e."""
         return self.shape.head_dim * self.shape.element_bytes
-
-
-def matrix_product(
-    shape: ModelShape, batch: float, num_inputs: int, num_outputs: int, num_weights: float | None = None
-) -> Work:
-    """[B, inputs] x [inputs, outputs] of a layer's weights; `num_weights` where other than one matrix is read."""
-    weights = num_inputs * num_outputs if num_weights is None else num_weights
-    activations = batch * (num_inputs + num_outputs) * shape.element_bytes
-    return Work(
-        device_bytes=weights * shape.bytes_per_weight + activations,
-        operations={shape.weight_format: 2 * batch * num_inputs * num_outputs},
-        num_kernels=1,
-    )
-
-
-def qkv(shape: ModelShape, batch: int, implementation: Implementation) -> Work:
-    """Query, key and value projections."""
-    return _with_kernels(
-        matrix_product(shape, batch, shape.hidden_size, shape.query_width + 2 * shape.key_width),
-        implementation.qkv_kernels,
-    )
-
-
-def output_projection(shape: ModelShape, batch: int) -> Work:
-    """The projection after attention."""
-    return matrix_product(shape, batch, shape.query_width, shape.hidden_size)
-
-
-def ffn(shape: ModelShape, batch: int, implementation: Implementation) -> Work:
-    """The feed-forward network; of a mixture, every expert that some token is expected to go to.
-
-    Of E experts and k per token, B tokens read E (1 - (1 - k/E)^B).
-    """
-    experts, active = shape.num_experts, shape.num_active_experts
-    num_read = experts * (1 - (1 - active / experts) ** batch) if experts > 1 else 1
-    num_up = (shape.num_ffn_matrices - 1) * shape.intermediate_size
-    tokens = batch * active
-    up = matrix_product(shape, tokens, shape.hidden_size, num_up, num_read * shape.hidden_size * num_up)
-    activation = Work(device_bytes=tokens * (num_up + shape.intermediate_size) * shape.element_bytes)
-    down_weights = num_read * shape.hidden_size * shape.intermediate_size
-    down = matrix_product(shape, tokens, shape.intermediate_size, shape.hidden_size, down_weights)
-    router = Work(device_bytes=shape.router_weights * shape.bytes_per_weight)
-    return _with_kernels(up + activation + down + router, implementation.ffn_kernels)
-
-
-def head(shape: ModelShape, batch: int, implementation: Implementation) -> Work:
-    """Logits and sampling; the head is not quantised."""
-    size = shape.hidden_size * shape.vocab_size
-    return Work(
-        device_bytes=size * shape.element_bytes + 2 * batch * shape.vocab_size * LOGIT_BYTES,
-        operations={"bf16": 2 * batch * size},
-        num_kernels=implementation.head_kernels,
-    )
-
-
-def full_attention(shape: ModelShape, batch: int, num_tokens: int, *, offloaded: bool = False) -> Work:
-    """Keys and values of all tokens, 2 B n H D e, from device memory or, `offloaded`, over the link."""
-    num_bytes = 2 * batch * num_tokens * shape.key_width * shape.element_bytes
-    return Work(
-        device_bytes=num_bytes,
-        link_bytes=num_bytes if offloaded else 0,
-        operations={"bf16": 4 * batch * num_tokens * shape.query_width},
-        num_kernels=2,
-    )
 
 
 def score_chunks(step: DecodeStep) -> Work:
@@ -276,9 +190,6 @@ def summarize_keys(shape: ModelShape, config: ShadowKVConfig, num_tokens: int) -
     )
 
 
-SUBSPACE_ITERATIONS = 8
-
-
 def store_values(shape: ModelShape, config: ShadowKVConfig, num_tokens: int) -> Work:
     """A prompt's values into their store, quantised on the way."""
     read = num_tokens * shape.key_width * shape.element_bytes
@@ -286,7 +197,3 @@ def store_values(shape: ModelShape, config: ShadowKVConfig, num_tokens: int) -> 
     stored *= 2 if config.key_store == "exact" else 1
     on_host = config.value_store == "host"
     return Work(device_bytes=read + (0 if on_host else stored), link_bytes=stored if on_host else 0, num_kernels=1)
-
-
-def _with_kernels(work: Work, num_kernels: int) -> Work:
-    return Work(device_bytes=work.device_bytes, operations=work.operations, num_kernels=num_kernels)

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from longshadow.engine.planning import operators
+from longshadow.engine.planning import operators, products
 from longshadow.engine.planning.hardware import Hardware
 from longshadow.engine.planning.implementation import FUSED, PUBLISHED_HIT_RATE, Implementation
 from longshadow.engine.planning.layout import lay_out
 from longshadow.engine.planning.model_shape import ModelShape
-from longshadow.engine.planning.operators import DecodeStep, Work
+from longshadow.engine.planning.operators import DecodeStep
+from longshadow.engine.planning.products import Work
 from longshadow.engine.shadowkv.config import ShadowKVConfig
 
 
@@ -93,7 +94,7 @@ class Load:
 def attention_operators(load: Load, implementation: Implementation) -> dict[str, Work]:
     """Of one full-attention layer, from the query to attention's output."""
     shape, config = load.shape, load.config
-    full = {"full_attention": operators.full_attention(shape, load.batch, load.num_tokens, offloaded=load.offloaded)}
+    full = {"full_attention": products.full_attention(shape, load.batch, load.num_tokens, offloaded=load.offloaded)}
     if config is None:
         return full
     size = lay_out(config, shape.key_width, load.num_prompt_tokens, load.num_new_tokens)
@@ -124,10 +125,10 @@ def layer_operators(load: Load, implementation: Implementation) -> dict[str, Wor
     """Of one full-attention layer, in order."""
     shape, batch = load.shape, load.batch
     return {
-        "qkv": operators.qkv(shape, batch, implementation),
+        "qkv": products.qkv(shape, batch, implementation),
         **attention_operators(load, implementation),
-        "output_projection": operators.output_projection(shape, batch),
-        "ffn": operators.ffn(shape, batch, implementation),
+        "output_projection": products.output_projection(shape, batch),
+        "ffn": products.ffn(shape, batch, implementation),
         "others": Work(num_kernels=implementation.other_kernels),
     }
 
@@ -143,12 +144,12 @@ def decode_stages(load: Load, machine: Machine) -> list[Stage]:
         works = _at_once(works, "rebuild_keys", "fetch_values")
     sliding = {name: work for name, work in works.items() if name in ("qkv", "output_projection", "ffn", "others")}
     window = min(load.num_tokens, shape.sliding_window)
-    sliding["sliding_attention"] = operators.full_attention(shape, load.batch, window)
+    sliding["sliding_attention"] = products.full_attention(shape, load.batch, window)
     layers: list[tuple[Mapping[str, Work], int]] = [(works, shape.num_full_layers), (sliding, shape.num_sliding_layers)]
     stages = [
         machine.stage(name, work, repeats) for works, repeats in layers for name, work in works.items() if repeats
     ]
-    return [*stages, machine.stage("head", operators.head(shape, load.batch, machine.implementation), 1)]
+    return [*stages, machine.stage("head", products.head(shape, load.batch, machine.implementation), 1)]
 
 
 def _at_once(works: dict[str, Work], first: str, second: str) -> dict[str, Work]:
@@ -177,7 +178,7 @@ def prefill_stages(
     stages = [
         machine.stage("projections", prefill_products(shape, num_tokens, machine.implementation), layers),
         machine.stage("attention", prefill_attention(shape, num_tokens), full),
-        machine.stage("head", operators.head(shape, 1, machine.implementation), 1),
+        machine.stage("head", products.head(shape, 1, machine.implementation), 1),
     ]
     if shape.num_sliding_layers:
         window = Work(operations={"bf16": 4 * shape.query_width * num_tokens * min(num_tokens, shape.sliding_window)})
@@ -197,9 +198,9 @@ def prefill_stages(
 def prefill_products(shape: ModelShape, num_tokens: int, implementation: Implementation) -> Work:
     """A layer's matrix products over all tokens of a prompt."""
     return (
-        operators.qkv(shape, num_tokens, implementation)
-        + operators.output_projection(shape, num_tokens)
-        + operators.ffn(shape, num_tokens, implementation)
+        products.qkv(shape, num_tokens, implementation)
+        + products.output_projection(shape, num_tokens)
+        + products.ffn(shape, num_tokens, implementation)
         + Work(num_kernels=implementation.other_kernels)
     )
 

@@ -30,7 +30,7 @@ def plan(
     with user_errors(debug):
         from longshadow.engine.planning.advice import Question, compare
         from longshadow.engine.planning.hardware import find_hardware
-        from longshadow.engine.planning.model_shape import read_shape
+        from longshadow.engine.planning.reading import read_shape
         from longshadow.engine.planning.table import print_comparison, to_dict
         from longshadow.sizes import parse_bytes, parse_tokens
 

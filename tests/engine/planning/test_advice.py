@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from longshadow.engine.planning.advice import PLACEMENTS, Question, compare, fastest, largest, predict
 from longshadow.engine.planning.hardware import GPUS, H200, RTX_4090
 from longshadow.engine.planning.memory import RESERVED_HOST_BYTES
-from longshadow.engine.planning.model_shape import SHAPES
+from longshadow.engine.planning.reading import SHAPES
 from longshadow.engine.shadowkv.config import ShadowKVConfig
 
 QUESTION = Question(shape=SHAPES["llama-3.1-8b"], hardware=H200, num_prompt_tokens=122 * 1024, num_new_tokens=64)

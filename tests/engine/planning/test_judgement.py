@@ -18,7 +18,7 @@ from longshadow.engine.planning.memory import (
     sequence_memory,
     step_bytes,
 )
-from longshadow.engine.planning.model_shape import SHAPES, ModelShape
+from longshadow.engine.planning.model_shape import ModelShape
 from longshadow.engine.planning.published import (
     BLOCK_COLUMNS,
     BLOCKS,
@@ -30,6 +30,7 @@ from longshadow.engine.planning.published import (
     Throughput,
     published_budget,
 )
+from longshadow.engine.planning.reading import SHAPES
 
 ROWS = judge()
 # How many numbers each explanation excuses.

@@ -14,7 +14,8 @@ from longshadow.engine.planning.memory import (
     full_cache_bytes,
     sequence_memory,
 )
-from longshadow.engine.planning.model_shape import SHAPES, ModelShape, shape_of
+from longshadow.engine.planning.model_shape import ModelShape
+from longshadow.engine.planning.reading import SHAPES, shape_of
 from longshadow.engine.shadowkv import ShadowKVCache, ShadowKVConfig
 from tests.engine.shadowkv.families import tiny_model
 

@@ -9,7 +9,8 @@ from longshadow.engine.planning import operators
 from longshadow.engine.planning.implementation import FUSED, ORIGINAL
 from longshadow.engine.planning.layout import SegmentSize, SequenceSize
 from longshadow.engine.planning.model_shape import ModelShape
-from longshadow.engine.planning.operators import DecodeStep, Work
+from longshadow.engine.planning.operators import DecodeStep
+from longshadow.engine.planning.products import Work
 from longshadow.engine.shadowkv.config import ShadowKVConfig
 
 # 3 sequences x 2 KV heads = 6 rows, 12 query rows; vectors of 16 elements, 2 bytes each.
@@ -125,13 +126,6 @@ def test_sparse_attention() -> None:
     assert agrees(work, device_bytes=2 * 6 * tokens * 32, operations={"bf16": 4 * 12 * tokens * 16}, num_kernels=2)
 
 
-def test_full_attention() -> None:
-    num_bytes, operations = 2 * 3 * 810 * 64, {"bf16": 4 * 3 * 810 * 64}
-    work = operators.full_attention(SHAPE, 3, 810)
-    assert agrees(work, device_bytes=num_bytes, operations=operations, num_kernels=2)
-    assert operators.full_attention(SHAPE, 3, 810, offloaded=True).link_bytes == num_bytes
-
-
 def test_summarize_keys() -> None:
     config = ShadowKVConfig(rank=10)
     keys, factors, landmarks, queries = 800 * 64, 800 * 20, 100 * 2 * 32, 800 * 128
@@ -150,33 +144,3 @@ def test_store_values() -> None:
     )
     config = ShadowKVConfig(value_store="device", value_dtype="int8", key_store="exact")
     assert operators.store_values(SHAPE, config, 800).device_bytes == values + 2 * 800 * 2 * 20
-
-
-def test_matrix_products() -> None:
-    qkv = operators.qkv(SHAPE, 3, FUSED)
-    operations = {"bf16": 2 * 3 * 64 * 128}
-    assert agrees(qkv, device_bytes=2 * (64 * 128 + 3 * (64 + 128)), operations=operations, num_kernels=3)
-    ffn = operators.ffn(SHAPE, 3, FUSED)
-    activations = 2 * 3 * (64 + 192 + (192 + 96) + 96 + 64)
-    operations = {"bf16": 2 * 3 * 3 * 64 * 96}
-    assert agrees(ffn, device_bytes=2 * 3 * 64 * 96 + activations, operations=operations, num_kernels=5)
-    packed = operators.output_projection(replace(SHAPE, weight_bits=4, weight_format="fp8"), 3)
-    assert agrees(packed, device_bytes=64 * 64 / 2 + 2 * 3 * 128, operations={"fp8": 2 * 3 * 64 * 64}, num_kernels=1)
-    head = operators.head(SHAPE, 3, FUSED)
-    assert head.device_bytes == 64_000 * 2 + 2 * 3 * 1000 * 4 and head.operations == {"bf16": 2 * 3 * 64_000}
-
-
-def test_experts_are_read_as_tokens_are_expected_to_choose_them() -> None:
-    shape = replace(SHAPE, num_experts=8, num_active_experts=2)
-    one, many = operators.ffn(shape, 1, FUSED), operators.ffn(shape, 10_000, FUSED)
-    expert = 2 * 3 * 64 * 96
-    assert one.device_bytes == pytest.approx(2 * expert + 2 * 2 * 704 + 2 * 64 * 8)
-    assert many.device_bytes == pytest.approx(8 * expert + 20_000 * 2 * 704 + 2 * 64 * 8)
-    assert one.operations == {"bf16": 2 * 2 * 3 * 64 * 96}
-
-
-def test_works_add_up() -> None:
-    both = Work(device_bytes=1, operations={"bf16": 2}, num_kernels=1) + Work(
-        link_bytes=3, operations={"bf16": 4, "tf32": 5}, num_kernels=2
-    )
-    assert both == Work(device_bytes=1, link_bytes=3, operations={"bf16": 6, "tf32": 5}, num_kernels=3)

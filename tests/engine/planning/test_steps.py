@@ -6,8 +6,8 @@ import pytest
 
 from longshadow.engine.planning.hardware import H200
 from longshadow.engine.planning.implementation import FUSED, ORIGINAL
-from longshadow.engine.planning.model_shape import SHAPES
-from longshadow.engine.planning.operators import Work
+from longshadow.engine.planning.products import Work
+from longshadow.engine.planning.reading import SHAPES
 from longshadow.engine.planning.steps import (
     Efficiency,
     Load,

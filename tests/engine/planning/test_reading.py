@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from longshadow.engine.planning.model_shape import SHAPES, read_shape, shape_of
+from longshadow.engine.planning.reading import SHAPES, read_shape, shape_of
 from tests.engine.shadowkv.families import tiny_model
 
 # As their model cards say, in billions.
