@@ -11,11 +11,11 @@ OUT ?= gpu-check
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.set-up
-CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cpp csrc/*.h csrc/*.cuh)
+CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cpp csrc/*.h csrc/*.cuh tests/csrc/*.cpp)
 
 export PYTHON TORCH_INDEX
 
-.PHONY: demo test test-trl-versions test-formats check release-check gpu-check set-up clean
+.PHONY: demo test test-trl-versions test-formats check release-check extension gpu-check set-up clean
 
 demo: set-up  ## a question about a long document, with ShadowKV and with full attention
 	$(BIN)/python -m longshadow.demo
@@ -37,6 +37,9 @@ check: set-up  ## lint, format and types
 
 release-check: set-up  ## sdist, wheel, an empty environment, one answer
 	.ci/release-check $(BIN)/python
+
+extension:  ## the CUDA kernels, for the torch of PYTHON and with nvcc; in place
+	LONGSHADOW_BUILD_CUDA=1 $(PYTHON) setup.py build_ext --inplace
 
 gpu-check:  ## on a CUDA machine, with its own torch, triton and transformers
 	STEP="$(STEP)" COMMIT="$(COMMIT)" OUT="$(OUT)" PYTHONPATH=src $(PYTHON) -m bench.gpu_check
