@@ -2,7 +2,8 @@
 
 A test that is quietly skipped proves nothing, so every skip stands in a list with its reason. Its lines are
     node id  # reason
-where `*` stands for any characters. Empty lines and lines that begin with # say nothing.
+where `*` stands for any characters. Empty lines and lines that begin with # say nothing. A line that begins with `? `
+is for tests that run on some machines: they may be skipped, but need not be.
 """
 
 import re
@@ -10,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+
+OPTIONAL = "? "
 
 
 def read_skips(path: Path) -> dict[str, str]:
@@ -30,16 +33,18 @@ def read_skips(path: Path) -> dict[str, str]:
 
 
 def differences(skipped: Iterable[str], patterns: Iterable[str]) -> list[str]:
-    """One line for each skipped node id that no pattern matches, and for each pattern that matches none."""
+    """One line for each skipped node id that no pattern matches, and for each pattern that matches none but should."""
     nodes = sorted(set(skipped))
-    expressions = {pattern: re.compile(re.escape(pattern).replace(r"\*", ".*")) for pattern in patterns}
+    expressions = {
+        pattern: re.compile(re.escape(pattern.removeprefix(OPTIONAL)).replace(r"\*", ".*")) for pattern in patterns
+    }
     lines = [
         f"skipped but not in the list: {node}"
         for node in nodes
         if not any(expression.fullmatch(node) for expression in expressions.values())
     ]
     for pattern, expression in expressions.items():
-        if not any(expression.fullmatch(node) for node in nodes):
+        if not pattern.startswith(OPTIONAL) and not any(expression.fullmatch(node) for node in nodes):
             lines.append(f"in the list but not skipped: {pattern}")
     return lines
 

@@ -61,6 +61,12 @@ def test_only_the_star_is_special_in_a_pattern() -> None:
     assert len(differences(["a.py::t[x-y]"], ["a.py::t[x.y]"])) == 2
 
 
+def test_what_runs_on_some_machines_only_may_be_skipped_or_not() -> None:
+    assert differences([], ["? a.py::*"]) == []
+    assert differences(["a.py::t"], ["? a.py::*"]) == []
+    assert differences(["b.py::t"], ["? a.py::*"]) == ["skipped but not in the list: b.py::t"]
+
+
 def test_a_line_without_a_reason_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "skips.txt"
     path.write_text("tests/test_it.py::test_skipped\n")

@@ -43,6 +43,7 @@ def make_application(service: Service) -> ASGIApp:
     application.include_router(model_routes(service))
     application.include_router(state_routes(service))
     application.include_router(page_routes())
+    _describe(application)
     return Gate(application, service)
 
 
@@ -82,3 +83,13 @@ def state_routes(service: Service) -> APIRouter:
         return Response(service.metrics.page(), headers={"Content-Type": METRICS_TYPE})
 
     return router
+
+
+def _describe(application: FastAPI) -> None:
+    """Takes FastAPI's own shape of a body that is not valid out of the description: here that is a plain 400."""
+    description = application.openapi()
+    for operations in description["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        description["components"]["schemas"].pop(name, None)

@@ -22,7 +22,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's, for /v1/completions
 EVENTS: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
 RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": EVENTS, "description": "One object, or with `stream` server-sent events that end in [DONE]."},
-    **refusals(400, 401, 404, 413, 429, 499, 500, 503),
+    **refusals(400, 401, 404, 413, 429, 500, 503),
 }
 
 

@@ -18,7 +18,8 @@ from longshadow.engine.serving.service import Service
 from longshadow.engine.serving.settings import ServingSettings
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
-PATIENCE = 30.0
+# How long a test waits for what happens at once on an idle machine.
+PATIENCE = 120.0
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -37,7 +37,10 @@ class FakeDocument:
 class FakeEngine:
     """Answers "0 1 2 ..." a word every `tempo` seconds, and counts what is open."""
 
-    def __init__(self, *, tempo=0.0, failure=None, failure_after=0, document_tempo=0.0, document_failure=None):
+    def __init__(
+        self, *, tempo=0.0, failure=None, failure_after=0, document_tempo=0.0, document_failure=None, word="{}"
+    ):
+        self.word = word
         self.tempo, self.failure, self.failure_after = tempo, failure, failure_after
         self.document_tempo, self.document_failure = document_tempo, document_failure
         self.max_model_len = 4096
@@ -56,7 +59,7 @@ class FakeEngine:
                 if self.failure is not None and step > self.failure_after:
                     raise self.failure
                 is_last = step >= params.max_tokens
-                yield output(prompt, step, params.n, arrival, is_last)
+                yield output(prompt, [self.word.format(index) for index in range(step)], params.n, arrival, is_last)
                 if is_last:
                     self.num_finished += 1
                     return
@@ -105,13 +108,13 @@ class FakeEngine:
             raise EngineClosed("the engine was closed")
 
 
-def output(prompt, num_tokens, n, arrival, is_last):
+def output(prompt, words, n, arrival, is_last):
     now = time.monotonic()
     completions = [
         CompletionOutput(
             index=index,
-            text=" ".join(map(str, range(num_tokens))),
-            token_ids=list(range(num_tokens)),
+            text=" ".join(words),
+            token_ids=list(range(len(words))),
             logprobs=None,
             finish_reason="length" if is_last else None,
             stop_reason=None,
