@@ -1,0 +1,67 @@
+"""The operators' benchmark cases: inputs that operators take, floors that follow from them, checks that can fail."""
+
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from bench.ops import score_chunks, score_tokens, sparse_attention
+from bench.ops.case import Case, Work
+from longshadow.engine.ops.backend import Operators, operators
+
+CPU = torch.device("cpu")
+MODULES = (score_chunks, score_tokens, sparse_attention)
+# Weights sum to 1: what a wrong operator writes must differ by more than the tolerance.
+WRITTEN = {"score_chunks": -2, "score_tokens": -2, "sparse_attention": -3}
+
+
+def small(case: Case, **changes: Any) -> Case:
+    return replace(case, **(dict(context_tokens=2048, tail_tokens=70, working_set=0) | changes))
+
+
+def name_of(module: ModuleType) -> str:
+    return module.__name__.rsplit(".", 1)[1]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=name_of)
+def test_every_case_runs_and_its_check_can_fail(module: ModuleType) -> None:
+    reference = operators(CPU, "reference")
+    name = name_of(module)
+    right = getattr(reference, name)
+
+    def wrong(*arguments: Any) -> None:
+        right(*arguments)
+        arguments[WRITTEN[name]].mul_(1.1)
+
+    for case in module.cases():
+        if case.batch_size == 1:
+            work: Work = module.make(small(case), CPU, seed=0)
+            work.run(reference)
+            assert work.check(reference).passed
+            broken: Operators = replace(reference, **{name: wrong})
+            assert not work.check(broken).passed
+
+
+@pytest.mark.parametrize("module", MODULES, ids=name_of)
+def test_cases_are_of_one_model_at_several_batch_sizes(module: ModuleType) -> None:
+    cases = module.cases()
+    assert {case.batch_size for case in cases} == {1, 8, 24}
+    assert len({case.name for case in cases}) == len(cases)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=name_of)
+def test_runs_read_the_working_set_in_several_layers(module: ModuleType) -> None:
+    [case, *_] = module.cases()
+    one = module.make(small(case), CPU, seed=0)
+    assert one.num_layers == 1
+    several = module.make(small(case, working_set=3 * one.num_bytes - 1), CPU, seed=0)
+    assert several.num_layers == 3 and several.num_bytes == 3 * one.num_bytes and several.flops == 3 * one.flops
+
+
+def test_floor_of_score_chunks_is_its_landmarks() -> None:
+    works = [score_chunks.make(small(case), CPU, seed=0) for case in score_chunks.cases() if case.batch_size == 1]
+    num_vectors = 8 * 2048 // 8
+    # A landmark, its scale where it has one, and its score.
+    assert [work.num_bytes // num_vectors for work in works] == [256 + 4, 128 + 4 + 4, 128 + 4 + 4]
