@@ -22,6 +22,7 @@ import torch
 
 from longshadow import env
 from longshadow.engine.ops import extension
+from longshadow.engine.ops.checks import MAXIMUM_GROUPS
 from longshadow.engine.ops.tables import RowKind
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,6 @@ BACKENDS = {"cuda": "cuda_kernel", "triton": "triton_kernel", REFERENCE: "refere
 MINIMUM_CAPABILITY = (8, 0)
 FP8_CAPABILITY = (8, 9)
 
-MAXIMUM_GROUPS = 16
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -194,13 +194,6 @@ class SegmentTable:
         return address
 
 
-def check_contiguous(**tensors: torch.Tensor) -> None:
-    """Raises ValueError for tensors, by name, that are not contiguous: kernels know shapes, not strides."""
-    for name, tensor in tensors.items():
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for {tuple(tensor.shape)}")
-
-
 def read_rows(table: torch.Tensor) -> list[list[list[int]]]:
     """The rows of each sequence that describe something, as ints to be indexed by `Field` or `RegionField`."""
     length = Field.NUM_CHUNKS if table.shape[2] == len(Field) else RegionField.LENGTH

@@ -7,6 +7,7 @@ matrix product takes, times the chunks or tokens of a tile.
 import triton
 import triton.language as tl
 
+from longshadow.engine.ops.checks import MAXIMUM_GROUPS
 from longshadow.engine.ops.tables import Field, RegionField, RowKind
 
 NUM_FIELDS = tl.constexpr(len(Field))
@@ -29,7 +30,7 @@ INT8 = tl.constexpr(int(RowKind.INT8))
 FP8 = tl.constexpr(int(RowKind.FP8))
 
 # Rows of a matrix product.
-GROUP = 16
+GROUP = MAXIMUM_GROUPS
 # Where running maxima begin. Unlike -inf it may be subtracted from -inf; no logit is as low.
 FLOOR = tl.constexpr(-1e30)
 # A stage of the pipeline reads so many bytes at most. Two or three in flight per program, two programs or more on a

@@ -10,6 +10,6 @@ def append_tokens(keys: torch.Tensor, values: torch.Tensor, tail_tokens: torch.T
     for sequence, num_tokens in enumerate(tail_tokens.tolist()):
         regions[sequence, -1, RegionField.LENGTH] = num_tokens
         if num_tokens:
-            row = regions[sequence, -1].tolist()
+            row, num_heads = regions[sequence, -1].tolist(), keys.shape[1]
             for part, new in ((RegionField.KEYS, keys[sequence]), (RegionField.VALUES, values[sequence])):
-                read_region(row, part, *new.shape, new.dtype, new.device)[:, -1] = new
+                read_region(row, part, num_heads, new.shape[1], new.dtype, new.device)[:, -1] = new

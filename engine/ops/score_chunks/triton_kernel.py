@@ -11,9 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
+from longshadow.engine.ops.checks import check_contiguous, check_query, check_workspace
 from longshadow.engine.ops.configuration import Configuration
+from longshadow.engine.ops.score_chunks import score_chunks_workspace
 from longshadow.engine.ops.splits import num_chunk_splits
-from longshadow.engine.ops.tables import RowKind, check_contiguous
+from longshadow.engine.ops.tables import RowKind
 from longshadow.engine.ops.triton_functions import (
     EXACT_CHUNKS,
     FIRST_CHUNK,
@@ -184,6 +186,8 @@ def score_chunks(
     num_segments, max_chunks = table.shape[1], scores.shape[2]
     if max_chunks == 0:
         return
+    check_query(query)
+    check_workspace(workspace, score_chunks_workspace(batch_size, num_heads, num_groups, max_chunks))
     num_pairs = batch_size * num_heads
     num_parts = num_chunk_splits(num_pairs, max_chunks)
     num_partials = num_pairs * num_parts * 2 * num_groups

@@ -11,9 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
+from longshadow.engine.ops.checks import check_contiguous, check_query, check_workspace
 from longshadow.engine.ops.configuration import Configuration
+from longshadow.engine.ops.score_tokens import score_tokens_workspace
 from longshadow.engine.ops.splits import num_token_splits
-from longshadow.engine.ops.tables import check_contiguous
 from longshadow.engine.ops.triton_functions import (
     FLOOR,
     GROUP,
@@ -162,6 +163,8 @@ def score_tokens(
     num_candidates, num_tokens, num_regions = slots.shape[2], scores.shape[2], regions.shape[1]
     if num_tokens == 0:
         return
+    check_query(query)
+    check_workspace(workspace, score_tokens_workspace(batch_size, num_heads, num_groups, num_tokens))
     num_pairs = batch_size * num_heads
     num_parts = num_token_splits(num_pairs, num_tokens)
     num_partials = num_pairs * num_parts * 2 * num_groups

@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from longshadow.engine.ops.checks import check_contiguous, check_query, check_workspace
 from longshadow.engine.ops.configuration import Configuration
+from longshadow.engine.ops.sparse_attention import sparse_attention_workspace
 from longshadow.engine.ops.splits import num_token_splits
-from longshadow.engine.ops.tables import check_contiguous
 from longshadow.engine.ops.triton_functions import (
     FLOOR,
     GROUP,
@@ -202,6 +203,8 @@ def sparse_attention(
     batch_size, num_heads, num_groups, key_dim = query.shape
     _, _, num_slots, chunk_size, value_dim = value_slots.shape
     num_places, num_regions = places.shape[2], regions.shape[1]
+    check_query(query)
+    check_workspace(workspace, sparse_attention_workspace(batch_size, num_heads, num_groups, value_dim, num_places))
     num_pairs = batch_size * num_heads
     num_parts = num_token_splits(num_pairs, num_places)
     num_sums = num_pairs * num_parts * num_groups * value_dim

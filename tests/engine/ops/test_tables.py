@@ -10,7 +10,6 @@ from longshadow.engine.ops.tables import (
     RegionField,
     RowKind,
     SegmentTable,
-    check_contiguous,
     read_packed,
     read_region,
     read_rows,
@@ -172,12 +171,6 @@ def test_tensors_that_kernels_cannot_read_are_refused(device: torch.device) -> N
     ]:
         with pytest.raises(ValueError, match=reason):
             empty_table(device).assign_tail(0, keys, tokens)
-
-
-def test_operators_take_contiguous_tensors_only() -> None:
-    check_contiguous(query=torch.zeros(2, 3))
-    with pytest.raises(ValueError, match="query must be contiguous"):
-        check_contiguous(query=torch.zeros(2, 3).T)
 
 
 def test_empty_memory_is_an_empty_tensor(device: torch.device) -> None:
