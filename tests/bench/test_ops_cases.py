@@ -7,14 +7,22 @@ from typing import Any
 import pytest
 import torch
 
-from bench.ops import score_chunks, score_tokens, sparse_attention
+from bench.ops import fetch_values, rebuild_keys, score_chunks, score_tokens, sparse_attention, summarize_keys
 from bench.ops.case import Case, Work
 from longshadow.engine.ops.backend import Operators, operators
 
 CPU = torch.device("cpu")
-MODULES = (score_chunks, score_tokens, sparse_attention)
+DECODING = (score_chunks, score_tokens, sparse_attention, rebuild_keys, fetch_values)
+MODULES = (*DECODING, summarize_keys)
 # Weights sum to 1: what a wrong operator writes must differ by more than the tolerance.
-WRITTEN = {"score_chunks": -2, "score_tokens": -2, "sparse_attention": -3}
+WRITTEN = {
+    "score_chunks": -2,
+    "score_tokens": -2,
+    "sparse_attention": -3,
+    "rebuild_keys": -2,
+    "fetch_values": -1,
+    "summarize_keys": -3,
+}
 
 
 def small(case: Case, **changes: Any) -> Case:
@@ -44,7 +52,7 @@ def test_every_case_runs_and_its_check_can_fail(module: ModuleType) -> None:
             assert not work.check(broken).passed
 
 
-@pytest.mark.parametrize("module", MODULES, ids=name_of)
+@pytest.mark.parametrize("module", DECODING, ids=name_of)
 def test_cases_are_of_one_model_at_several_batch_sizes(module: ModuleType) -> None:
     cases = module.cases()
     assert {case.batch_size for case in cases} == {1, 8, 24}
@@ -65,3 +73,20 @@ def test_floor_of_score_chunks_is_its_landmarks() -> None:
     num_vectors = 8 * 2048 // 8
     # A landmark, its scale where it has one, and its score.
     assert [work.num_bytes // num_vectors for work in works] == [256 + 4, 128 + 4 + 4, 128 + 4 + 4]
+
+
+def test_floors_of_rebuilding_and_fetching_are_the_missing_tokens() -> None:
+    [case, *_] = rebuild_keys.cases()
+    work = rebuild_keys.make(small(case), CPU, seed=0)
+    missing = round(0.4 * small(case).num_candidates)
+    rows = round(256 * (1 - (1 - missing / 256) ** 8)) * 8
+    assert work.num_bytes == rows * (320 + 256) + 8 * missing * 8 * 256 + 8 * 160 * 256
+    works = [fetch_values.make(small(case), CPU, seed=0) for case in fetch_values.cases() if case.batch_size == 1]
+    num_missing = 8 * round(0.4 * small(fetch_values.cases()[0]).num_selected * 8)
+    assert [work.num_bytes // num_missing for work in works] == [256, 128 + 4, 512, 128 + 4 + 256]
+
+
+def test_floor_of_the_summary_is_keys_read_and_written() -> None:
+    work = summarize_keys.make(small(summarize_keys.cases()[0]), CPU, seed=0)
+    assert work.flops == 2048 * 1024 * 1025
+    assert work.num_bytes == 2048 * (2 * 2048 + 256) + 8 * 256 * 129 * 4 + 8 * 1024**2
