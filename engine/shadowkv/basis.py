@@ -31,14 +31,14 @@ class LowRankBasis:
     energy_kept: float
 
     def coefficients(self, keys: torch.Tensor) -> torch.Tensor:
-        """[n, W] -> [n, r], in the dtype of the basis.
+        """[n, W] -> [n, r], in the dtype of the basis; on a GPU half-precision keys are multiplied as they are."""
+        if keys.is_cuda and keys.dtype in HALF_PRECISION:
+            return self._coefficients_of_half(keys)
+        return (keys.to(self.projection.dtype) - self.mean) @ self.projection
 
-        Half-precision keys on a GPU are multiplied as they are, with fp32 sums: the projection, its columns scaled
-        to a largest entry of 1, is rounded like the keys.
-        """
-        if not keys.is_cuda or keys.dtype not in HALF_PRECISION:
-            return (keys.to(self.projection.dtype) - self.mean) @ self.projection
-        scale = self.projection.abs().amax(0).clamp(min=torch.finfo(self.projection.dtype).tiny)
+    def _coefficients_of_half(self, keys: torch.Tensor) -> torch.Tensor:
+        """Products in the keys' dtype, sums in fp32; the projection, its entries at most 1, is rounded, too."""
+        scale = self.projection.abs().amax(0).clamp(min=torch.finfo(torch.float32).tiny)
         projection = (self.projection / scale).to(keys.dtype)
         products = torch.mm(keys, projection, out_dtype=torch.float32)
         return products.sub_(self.mean @ projection.float()).mul_(scale)
@@ -121,6 +121,10 @@ class GramAccumulator:
         With Q its orthonormal basis and Q^T G Q / n = L L^T, coefficients w (x - mean) Q L^-T have the identity as
         their second moments, and the eigenvectors within the subspace need not be known.
         """
+        # Rounding of a mean much larger than the rest can leave it a negative energy, which attracts the iteration.
+        direction = mean * self._weights
+        direction = direction / direction.norm().clamp(min=TINY)
+        centred = centred - (direction @ centred @ direction).clamp(max=0) * torch.outer(direction, direction)
         subspace = dominant_subspace(centred, rank)
         moments = subspace.T @ (centred @ subspace) / self.num_tokens
         kept = moments.trace() * self.num_tokens

@@ -99,3 +99,45 @@ def test_sums_made_elsewhere_count_like_keys() -> None:
     gram.add_sums(keys[200:].T @ keys[200:], keys[200:].sum(0), 300)
     arguments = dict(rank=7, rank_energy=None, center=True, dtype=torch.float64)
     assert gram.solve(**arguments).energy_kept == pytest.approx(solve(keys, center=True, rank=7).energy_kept, abs=1e-9)
+
+
+def test_a_mean_that_rounding_made_too_large_takes_no_place_in_the_basis() -> None:
+    keys = decaying_keys(2000, 24).double() + 300 * torch.linspace(-1, 1, 24)
+    gram = GramAccumulator(24, keys.device)
+    gram.add_sums(keys.T @ keys * (1 - 1e-5), keys.sum(0), len(keys))
+    basis = gram.solve(rank=7, rank_energy=None, center=True, dtype=torch.float64, iterative=True)
+    exact = solve(keys, center=True, rank=7)
+    errors = [(b.coefficients(keys) @ b.rows + b.mean - keys).square().sum() for b in (basis, exact)]
+    # The direction of the mean itself cannot be told from rounding any more.
+    mean = keys.mean(0) / keys.mean(0).norm()
+    along_mean = ((keys - keys.mean(0)) @ mean).square().sum()
+    assert errors[0] <= 1.01 * errors[1] + along_mean
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_coefficients_are_as_exact_as_their_rounding(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU multiplies, with its product of half-precision matrices in fp32 stood in for."""
+    product = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: product(a.to(out_dtype), b.to(out_dtype)))
+    keys = decaying_keys(500, 24).add(5).to(dtype)
+    basis = solve(keys.float(), center=True, rank=12)
+    exact = (keys.double() - basis.mean.double()) @ basis.projection.double()
+    coefficients = basis._coefficients_of_half(keys)
+    assert coefficients.dtype == torch.float32
+    # Relative to the keys' spread: the mean, 5 times as large, cancels exactly.
+    error = ((coefficients.double() - exact) @ basis.rows.double()).square().mean().sqrt()
+    assert error <= torch.finfo(dtype).eps * float((keys.double() - basis.mean).square().mean().sqrt())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_on_a_gpu_the_basis_keeps_the_same_energy(dtype: torch.dtype) -> None:
+    keys = decaying_keys(3000, 96).cuda().to(dtype)
+    exact = solve(keys.float().cpu(), center=True, rank=32)
+    basis = solve(keys.float(), center=True, rank=32)
+    assert basis.energy_kept == pytest.approx(exact.energy_kept, rel=1e-3)
+    rebuilt = basis.coefficients(keys) @ basis.rows + basis.mean
+    energy = 1 - float((rebuilt - keys).double().square().sum() / keys.double().square().sum())
+    assert energy == pytest.approx(basis.energy_kept, abs=1e-3)
