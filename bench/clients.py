@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 PATIENCE = 600.0
 TOO_MANY = 429
-PAUSE = 0.25  # of a client that was told to come back later
+PAUSE = 0.1  # of a client that was told to come back later
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +23,13 @@ class Request:
 
 @dataclass(kw_only=True)
 class Exchange:
-    """What became of a request; `wait` is the time until the status came."""
+    """What became of a request; `wait` is the time until its status came, the `busy` times that it got 429 included."""
 
     kind: str
     status: int | None = None
     wait: float | None = None
     is_whole: bool = False
+    busy: int = 0
 
 
 async def send_all(address: tuple[str, int], requests: Sequence[Request], num_clients: int) -> list[Exchange]:
@@ -38,28 +39,30 @@ async def send_all(address: tuple[str, int], requests: Sequence[Request], num_cl
     async def client() -> None:
         for request in queue:
             exchanges.append(await exchange(address, request))
-            if exchanges[-1].status == TOO_MANY:
-                await asyncio.sleep(PAUSE)
 
     await asyncio.gather(*(client() for _ in range(num_clients)))
     return exchanges
 
 
 async def exchange(address: tuple[str, int], request: Request) -> Exchange:
-    """One request over a connection of its own."""
+    """One request, tried again as long as the server is busy."""
     result = Exchange(kind=request.kind)
+    started = time.perf_counter()
     try:
         async with asyncio.timeout(PATIENCE if request.stays is None else request.stays):
-            await _exchange(address, request, result)
+            await _exchange(address, request, result, started)
+            while result.status == TOO_MANY:
+                result.busy += 1
+                await asyncio.sleep(PAUSE)
+                await _exchange(address, request, result, started)
     except (TimeoutError, OSError):
         pass
     return result
 
 
-async def _exchange(address: tuple[str, int], request: Request, result: Exchange) -> None:
+async def _exchange(address: tuple[str, int], request: Request, result: Exchange, started: float) -> None:
     reader, writer = await asyncio.open_connection(*address)
     try:
-        started = time.perf_counter()
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json"
         writer.write(f"{head}\r\nContent-Length: {len(request.body)}\r\n\r\n".encode() + request.body)
         await writer.drain()

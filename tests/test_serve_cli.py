@@ -75,6 +75,7 @@ def complete(client, **fields):
     return response.json()["choices"][0]["text"]
 
 
+@pytest.mark.slow
 def test_documents_survive_a_kill(model, tmp_path):
     report = tmp_path / "report.txt"
     report.write_text("report " * 200)

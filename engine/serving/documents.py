@@ -136,6 +136,8 @@ class DocumentStore:
         if record.is_deleted:
             self.find(identity)
         if record.document is None:
+            if self._llm.is_closed:
+                raise stopping()
             message = f"the document {identity!r} could not be read: {record.error}"
             raise ApiError(400, message, param="document", code="document_failed")
         return record.document

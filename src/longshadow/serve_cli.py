@@ -76,21 +76,17 @@ def serve(
         )
         texts = [(path, read_document(str(path))) for path in document or ()]
 
-        from longshadow.compress.adapters.installing import with_adapter
-        from longshadow.compress.adapters.reading import read_adapter
         from longshadow.engine.runtime import LLM
         from longshadow.engine.serving.application import make_service
         from longshadow.engine.serving.server import bound_socket, run
         from longshadow.models import load_model
 
-        lora = None if adapter is None else read_adapter(adapter)
         with bound_socket(settings) as bound:
             loaded = load_model(model, dtype=torch_dtype(dtype), device=device)
-            if lora is not None:
-                loaded = with_adapter(loaded, lora)
             llm = LLM(
                 loaded.model,
                 tokenizer=loaded.tokenizer,
+                adapter=None if adapter is None else str(adapter),
                 max_num_seqs=max_num_seqs,
                 max_model_len=max_model_len,
                 max_num_waiting=max_num_waiting,

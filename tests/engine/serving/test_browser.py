@@ -57,6 +57,7 @@ def last_answer(page):
     return page.locator(".answer p").last.inner_text()
 
 
+@pytest.mark.slow
 def test_a_planted_fact_is_found(page, smollm2):
     prose = language_reference()
     text = f"{prose[:3000]}\n\n{FACT}\n\n{prose[3000:6000]}"

@@ -145,6 +145,19 @@ def test_the_end_fails_what_does_not_finish():
     assert engine.num_open == 0
 
 
+def test_the_end_fails_what_waits_for_a_document():
+    answers = []
+    with serving(FakeEngine(document_tempo=10.0), grace_seconds=0.2) as server, server.client() as client:
+        identity = client.post("/v1/documents", json={"text": "some text"}).json()["id"]
+        ask = COMPLETION | {"document": identity}
+        thread = threading.Thread(target=lambda: answers.append(client.post("/v1/completions", json=ask)))
+        thread.start()
+        wait_until(lambda: server.server.server_state.tasks)
+        server.stop()
+        thread.join()
+        assert refusal(answers[0], 503)["code"] == "shutting_down"
+
+
 def test_no_request_is_taken_at_the_end():
     with serving(FakeEngine()) as server, server.client() as client:
         assert client.get("/health").status_code == 200

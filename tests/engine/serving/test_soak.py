@@ -9,14 +9,14 @@ def run(config):
     return load_table("soak").run(config, Session())
 
 
-def test_everyone_is_answered_or_refused_and_nothing_is_left():
+def test_everyone_gets_what_is_due_and_nothing_is_left():
     table = load_table("soak")
     config = table.quick(table.configs["cpu"])
     outcome = run(config)
     assert outcome.check.passed, outcome.check.text
     *kinds, everything = outcome.rows
     assert sum(row["requests"] for row in kinds) == everything["requests"] == config.requests
-    assert everything["answered"] > config.requests / 4
+    assert everything["answered"] >= round(config.requests * 0.7)
     assert next(row for row in kinds if row["kind"] == soak.OVERSIZED)["refused"] == round(config.requests * 0.05)
     assert outcome.rows[0].keys() <= {column.key for column in table.columns}
 
