@@ -4,9 +4,6 @@
 // C_n, c, V] may be in host memory that the device reads directly. They move in vectors of 16 bytes.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <cstring>
 
 #include "block.h"
@@ -32,38 +29,52 @@ struct FetchProblem {
 // A token's value that has to be fetched; nothing where `source` is null.
 struct Fetch {
   const Vector* source;
-  const float* scale;
-  int64_t token;  // among all rows' slots, [B, H, S, c]
+  float scale;
+  uint32_t token;  // among all rows' slots, [B, H, S, c]
 };
 
-// What one of the B * H * T places asks for.
-LONGSHADOW_INLINE Fetch find_fetch(const FetchProblem& problem, uint32_t index) {
-  const int32_t place = problem.places[index];
-  if (place < 0) return {};
-  const uint32_t row = index / problem.num_places;
-  const int64_t slot = int64_t{row} * problem.num_slots + static_cast<uint32_t>(place) / problem.chunk_size;
-  const uint32_t offset = static_cast<uint32_t>(place) % problem.chunk_size;
-  const int64_t token = slot * problem.chunk_size + offset;
-  const int64_t chunk = problem.slot_chunks[slot];
-  if (chunk < 0 || problem.has_values[token]) return {};
-  const uint32_t sequence = row / problem.num_heads, head = row % problem.num_heads;
-  const int64_t* segment = problem.table + int64_t{sequence} * problem.num_segments * kNumFields;
-  for (uint32_t i = 0; i < problem.num_segments; ++i, segment += kNumFields) {
-    const int64_t num_chunks = segment[kNumChunks];
-    const int64_t local = chunk - segment[kFirstChunk];
-    if (local < 0 || local >= num_chunks) continue;
-    const int64_t source = (head * num_chunks + local) * problem.chunk_size + offset;
-    const int64_t value = segment[kValues] + source * problem.source_vectors * int64_t{sizeof(Vector)};
-    const int64_t scale = segment[kValueScales] + source * int64_t{sizeof(float)};
-    return {reinterpret_cast<const Vector*>(value), reinterpret_cast<const float*>(scale), token};
+// What some of the `num_places` places of all rows ask for, nothing where an index is beyond them. The loads
+// of each stage do not depend on each other, so that they are under way at once.
+template <bool scaled, int count>
+LONGSHADOW_INLINE void find_fetches(const FetchProblem& problem, const uint32_t (&indices)[count],
+                                    uint32_t num_places, Fetch (&fetches)[count]) {
+  int32_t places[count];
+  LONGSHADOW_UNROLL
+  for (int i = 0; i < count; ++i) places[i] = indices[i] < num_places ? problem.places[indices[i]] : -1;
+  int32_t chunks[count];
+  LONGSHADOW_UNROLL
+  for (int i = 0; i < count; ++i) {
+    fetches[i] = {nullptr, 1.0f, 0};
+    chunks[i] = -1;
+    if (places[i] < 0) continue;
+    const uint32_t row = indices[i] / problem.num_places;
+    fetches[i].token = row * problem.num_slots * problem.chunk_size + places[i];
+    const int32_t chunk = problem.slot_chunks[fetches[i].token / problem.chunk_size];
+    chunks[i] = problem.has_values[fetches[i].token] ? -1 : chunk;
   }
-  return {};
+  for (uint32_t segment = 0; segment < problem.num_segments; ++segment) {
+    LONGSHADOW_UNROLL
+    for (int i = 0; i < count; ++i) {
+      if (chunks[i] < 0) continue;
+      const uint32_t row = indices[i] / problem.num_places;
+      const uint32_t sequence = row / problem.num_heads, head = row % problem.num_heads;
+      const int64_t* fields = problem.table + int64_t{sequence * problem.num_segments + segment} * kNumFields;
+      const auto num_chunks = static_cast<int32_t>(fields[kNumChunks]);
+      const int32_t local = chunks[i] - static_cast<int32_t>(fields[kFirstChunk]);
+      if (local < 0 || local >= num_chunks) continue;
+      const int64_t chunk = int64_t{head} * num_chunks + local;
+      const int64_t token = chunk * problem.chunk_size + fetches[i].token % problem.chunk_size;
+      fetches[i].source = reinterpret_cast<const Vector*>(fields[kValues]) + token * problem.source_vectors;
+      if constexpr (scaled) fetches[i].scale = reinterpret_cast<const float*>(fields[kValueScales])[token];
+      chunks[i] = -1;
+    }
+  }
 }
 
 // Fetched values are not read again by the program that fetches them: they need no place in its cache.
 LONGSHADOW_INLINE Vector load_once(const Vector* from) {
   Vector loaded;
-#ifdef __CUDACC__
+#ifdef __CUDA_ARCH__
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(loaded.words[0]), "=r"(loaded.words[1]), "=r"(loaded.words[2]), "=r"(loaded.words[3])
                : "l"(from));
@@ -108,5 +119,49 @@ struct Int8Values {
     }
   }
 };
+
+#ifdef __CUDACC__
+
+// Values that a thread moves at once: a load from the host takes more than a microsecond.
+constexpr int kFetchesAtOnce = 4;
+
+// One warp's share of `num_places` places among `num_warps`. 2^lane_bits neighbouring threads, up to a warp,
+// move a value together.
+template <typename Values>
+LONGSHADOW_INLINE void fetch_by_warp(const FetchProblem& problem, uint32_t num_places, uint32_t lane_bits,
+                                     uint32_t warp, uint32_t num_warps) {
+  const uint32_t lane = threadIdx.x % kWarpSize;
+  const uint32_t first_vector = lane & ((1u << lane_bits) - 1);
+  const uint32_t side_by_side = kWarpSize >> lane_bits;
+  const uint32_t of_warp = side_by_side * kFetchesAtOnce;
+  for (uint32_t start = warp * of_warp; start < num_places; start += num_warps * of_warp) {
+    uint32_t indices[kFetchesAtOnce];
+    LONGSHADOW_UNROLL
+    for (int i = 0; i < kFetchesAtOnce; ++i) indices[i] = start + i * side_by_side + (lane >> lane_bits);
+    Fetch fetches[kFetchesAtOnce];
+    find_fetches<Values::kScaled>(problem, indices, num_places, fetches);
+    for (uint32_t vector = first_vector; vector < problem.source_vectors; vector += 1u << lane_bits) {
+      Vector loaded[kFetchesAtOnce];
+      LONGSHADOW_UNROLL
+      for (int i = 0; i < kFetchesAtOnce; ++i) {
+        if (fetches[i].source != nullptr) loaded[i] = load_once(fetches[i].source + vector);
+      }
+      LONGSHADOW_UNROLL
+      for (int i = 0; i < kFetchesAtOnce; ++i) {
+        if (fetches[i].source == nullptr) continue;
+        Values::store(problem.value_slots + int64_t{fetches[i].token} * problem.slot_vectors, vector,
+                      loaded[i], fetches[i].scale);
+      }
+    }
+    // Not before all threads of a value have seen that it is missing.
+    __syncwarp();
+    LONGSHADOW_UNROLL
+    for (int i = 0; i < kFetchesAtOnce; ++i) {
+      if (first_vector == 0 && fetches[i].source != nullptr) problem.has_values[fetches[i].token] = 1;
+    }
+  }
+}
+
+#endif  // __CUDACC__
 
 }  // namespace longshadow

@@ -1,4 +1,7 @@
 // fetch_values: tokens' values from their segments, also straight from pinned host memory, into their slots.
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <algorithm>
 
 #include "checks.h"
@@ -8,55 +11,16 @@ namespace longshadow {
 namespace {
 
 constexpr uint32_t kThreads = 256;
-constexpr uint32_t kUnroll = 4;
 // Half of the threads that a multiprocessor holds are enough to keep memory busy; the others are left to the
 // kernels that run meanwhile on another stream.
 constexpr int64_t kBlocksPerMultiprocessor = 4;
 
-// 2^lane_bits neighbouring threads, the fewest that have a thread for each vector of a value, move one value;
-// each has loads of `kUnroll` values under way at once, since a load from the host takes more than a
-// microsecond.
 template <typename Values>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     fetch_values_kernel(FetchProblem problem, uint32_t num_places, uint32_t lane_bits) {
-  const uint32_t lane = threadIdx.x % kWarpSize;
-  const uint32_t first_vector = lane & ((1u << lane_bits) - 1);
-  const uint32_t at_once = kWarpSize >> lane_bits;
-  const uint32_t warps_per_block = kThreads / kWarpSize;
-  const uint32_t warp = blockIdx.x * warps_per_block + threadIdx.x / kWarpSize;
-  const uint32_t of_warp = at_once * kUnroll;
-  for (uint32_t start = warp * of_warp; start < num_places; start += gridDim.x * warps_per_block * of_warp) {
-    Fetch fetches[kUnroll];
-    LONGSHADOW_UNROLL
-    for (uint32_t i = 0; i < kUnroll; ++i) {
-      const uint32_t index = start + i * at_once + (lane >> lane_bits);
-      fetches[i] = index < num_places ? find_fetch(problem, index) : Fetch{};
-    }
-    float scales[kUnroll];
-    LONGSHADOW_UNROLL
-    for (uint32_t i = 0; i < kUnroll; ++i) {
-      scales[i] = Values::kScaled && fetches[i].source != nullptr ? __ldg(fetches[i].scale) : 1.0f;
-    }
-    for (uint32_t vector = first_vector; vector < problem.source_vectors; vector += 1u << lane_bits) {
-      Vector loaded[kUnroll];
-      LONGSHADOW_UNROLL
-      for (uint32_t i = 0; i < kUnroll; ++i) {
-        if (fetches[i].source != nullptr) loaded[i] = load_once(fetches[i].source + vector);
-      }
-      LONGSHADOW_UNROLL
-      for (uint32_t i = 0; i < kUnroll; ++i) {
-        if (fetches[i].source == nullptr) continue;
-        Values::store(problem.value_slots + fetches[i].token * problem.slot_vectors, vector, loaded[i],
-                      scales[i]);
-      }
-    }
-    // Only when all threads of a value have seen that it is missing.
-    __syncwarp();
-    LONGSHADOW_UNROLL
-    for (uint32_t i = 0; i < kUnroll; ++i) {
-      if (first_vector == 0 && fetches[i].source != nullptr) problem.has_values[fetches[i].token] = 1;
-    }
-  }
+  constexpr uint32_t kWarps = kThreads / kWarpSize;
+  const uint32_t warp = blockIdx.x * kWarps + threadIdx.x / kWarpSize;
+  fetch_by_warp<Values>(problem, num_places, lane_bits, warp, gridDim.x * kWarps);
 }
 
 using Kernel = void(FetchProblem, uint32_t, uint32_t);
@@ -113,13 +77,15 @@ void fetch_values(Tensor table, Tensor slot_chunks, Tensor places, int64_t kind,
   problem.num_places = places.size(2);
   problem.source_vectors = source_bytes / kVectorBytes;
   problem.slot_vectors = slot_bytes / kVectorBytes;
-  const int64_t num_places = places.numel();
-  arguments.check(num_places <= INT32_MAX, "there are at most ", INT32_MAX, " places, not ", num_places);
+  const int64_t num_places = places.numel(), num_tokens = has_values.numel();
+  arguments.check(std::max(num_places, num_tokens) <= INT32_MAX, "there are at most ", INT32_MAX,
+                  " places and tokens of slots, not ", num_places, " and ", num_tokens);
   if (num_places == 0 || head_dim == 0) return;
 
+  // The fewest threads that have one for each vector of a value.
   uint32_t lane_bits = 0;
   while (lane_bits < 5 && 1u << lane_bits < problem.source_vectors) ++lane_bits;
-  const int64_t per_block = kThreads * kUnroll >> lane_bits;
+  const int64_t per_block = kThreads * kFetchesAtOnce >> lane_bits;
   const torch::stable::accelerator::DeviceGuard guard(arguments.device());
   int num_multiprocessors = 0;
   STD_CUDA_CHECK(

@@ -1,5 +1,8 @@
 // The kernels' index logic on the CPU, by C functions that the tests call. Threads of a block take their
 // turns in an order that `stride` chooses.
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <cstdint>
 #include <vector>
 
@@ -28,12 +31,13 @@ void choose(const float* scores, uint32_t num_scores, uint32_t count, int32_t* c
 template <typename Values>
 void fetch(const FetchProblem& problem, uint32_t num_places) {
   for (uint32_t index = 0; index < num_places; ++index) {
-    const Fetch fetched = find_fetch(problem, index);
+    Fetch fetches[1];
+    find_fetches<Values::kScaled>(problem, {index}, num_places, fetches);
+    const Fetch& fetched = fetches[0];
     if (fetched.source == nullptr) continue;
-    const float scale = Values::kScaled ? *fetched.scale : 1.0f;
     for (uint32_t vector = 0; vector < problem.source_vectors; ++vector) {
       Values::store(problem.value_slots + fetched.token * problem.slot_vectors, vector,
-                    load_once(fetched.source + vector), scale);
+                    load_once(fetched.source + vector), fetched.scale);
     }
     problem.has_values[fetched.token] = 1;
   }
