@@ -3,6 +3,7 @@
 Legend: H KV heads, D head_dim of keys, W = H x D, c chunk size, r rank.
 """
 
+from collections import Counter
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
@@ -84,6 +85,7 @@ class Accounting:
         self.layers = layers
         self.config = config
         self.device = device
+        self._kinds = Counter(layers)
         full = [layer for layer in layers if layer.window is None]
         self.segment_tokens = config.generated_segment_tokens(max(layer.key_width for layer in full))
 
@@ -92,26 +94,26 @@ class Accounting:
         start = start or Start()
         total_tokens = start.num_tokens + num_prompt + num_new
         prefill, shared, completion = self.workspace(num_prompt + start.tail), Bytes(), Bytes()
-        for layer in self.layers:
+        for layer, count in self._kinds.items():
             plan = plan_of(layer, self, start, total_tokens)
             before = plan.held
             plan.finish_prompt(num_prompt)
             # While one layer is compressed, earlier ones have been, and parked tokens may be kept for other prompts.
-            prefill += self._parked(layer, num_prompt) + before.at_least(plan.held)
+            prefill += (self._parked(layer, num_prompt) + before.at_least(plan.held)) * count
             prompt = plan.segment_bytes
             plan.generate(num_new)
-            shared += prompt
-            completion += plan.largest - prompt
+            shared += prompt * count
+            completion += (plan.largest - prompt) * count
         afterwards = shared + completion * num_completions
         return Need(prefill=prefill.at_least(afterwards), shared=shared, completion=completion)
 
     def document(self, start: Start) -> Bytes:
         """Of a document that consists of these segments and this tail."""
         total = Bytes()
-        for layer in self.layers:
+        for layer, count in self._kinds.items():
             plan = plan_of(layer, self, Start(), start.num_tokens)
-            plan.restore(start)
-            total += plan.held
+            plan.restore(start, shared=False)
+            total += plan.held * count
         return total
 
     @property
@@ -133,21 +135,21 @@ class Accounting:
         """Bytes in the value store."""
         return Bytes(host=num_bytes) if self.config.value_store == "host" else Bytes(device=num_bytes)
 
-    def num_exact_chunks(self, num_tokens: int, before: Sequence_[int]) -> int:
-        """Sink and outlier chunks per head of a segment after others of so many tokens."""
+    def num_exact_chunks(self, num_tokens: int, first: int) -> int:
+        """Sink and outlier chunks per head of a segment; `first`: tokens of the one its sequence begins with, if another."""
         config = self.config
         num_sink, num_outlier = config.num_sink_chunks, config.num_outlier_chunks
-        if before:
-            num_sink, num_outlier = 0, round(num_outlier * num_tokens / before[0])
+        if first:
+            num_sink, num_outlier = 0, round(num_outlier * num_tokens / first)
         num_chunks = num_tokens // config.chunk_size
         num_sink = min(num_sink, num_chunks)
         return num_sink + min(num_outlier, num_chunks - num_sink)
 
-    def rank(self, layer: LayerShape, num_tokens: int, before: Sequence_[int]) -> int:
-        """Of a segment after others; the largest possible where the keys' energy decides."""
+    def rank(self, layer: LayerShape, num_tokens: int, first: int) -> int:
+        """Of such a segment; the largest possible where the keys' energy decides."""
         if self.config.rank_energy is not None:
             return layer.key_width
-        if before and num_tokens == self.segment_tokens:
+        if first and num_tokens == self.segment_tokens:
             return min(layer.key_width, self.config.generated_rank(layer.key_width, num_tokens))
         return min(layer.key_width, self.config.prompt_rank(layer.key_width))
 
@@ -171,6 +173,8 @@ class LayerPlan:
     """A sequence in a full-attention layer as it grows: `Sequence` without tensors.
 
     Attributes:
+        first: tokens of the first segment, 0 while there is none.
+        num_compressed, num_exact_chunks: of all segments.
         capacity: tokens the tail's buffer has room for.
         segment_bytes: of its own segments, not of those it shares.
         largest: the most that was held since the prompt's end.
@@ -178,7 +182,9 @@ class LayerPlan:
 
     layer: LayerShape
     accounting: Accounting
-    segments: list[int]
+    first: int = 0
+    num_compressed: int = 0
+    num_exact_chunks: int = 0
     tail: int = 0
     capacity: int = 0
     segment_bytes: Bytes = field(default_factory=Bytes)
@@ -201,10 +207,12 @@ class LayerPlan:
         self.tail, self.capacity, self.largest = 0, 0, Bytes()
         self.append(recent - old)
 
-    def restore(self, start: Start) -> None:
-        """An empty sequence gets these segments as its own, and this tail."""
+    def restore(self, start: Start, *, shared: bool) -> None:
+        """An empty sequence gets these segments, as its own or `shared`, and this tail."""
         for num_tokens in start.segments:
             self._add_segment(num_tokens)
+        if shared:
+            self.segment_bytes = Bytes()
         self.append(start.tail)
 
     def generate(self, num_new: int) -> None:
@@ -223,7 +231,7 @@ class LayerPlan:
     def _until_compression(self) -> int:
         """Tokens until the tail may be compressed, at least 1; never more than until it is."""
         config = self.accounting.config
-        if self.segments:
+        if self.first:
             return max(1, self.accounting.segment_tokens + config.local_tokens - self.tail)
         if not config.runs_dense(self.tail + 1):
             return max(1, config.local_tokens + config.chunk_size - self.tail)
@@ -242,11 +250,11 @@ class LayerPlan:
 
     def _num_compressible(self, recent: int, *, long_prompt: bool) -> int:
         config = self.accounting.config
-        if config.runs_dense(sum(self.segments) + recent):
+        if config.runs_dense(self.num_compressed + recent):
             return 0
         old = recent - config.local_tokens
         old -= old % config.chunk_size
-        if not self.segments or long_prompt:
+        if not self.first or long_prompt:
             return max(0, old)
         return self.accounting.segment_tokens if old >= self.accounting.segment_tokens else 0
 
@@ -254,13 +262,15 @@ class LayerPlan:
         if not num_tokens:
             return
         self.segment_bytes += self._segment_bytes(num_tokens)
-        self.segments.append(num_tokens)
+        self.num_exact_chunks += self.accounting.num_exact_chunks(num_tokens, self.first)
+        self.num_compressed += num_tokens
+        self.first = self.first or num_tokens
 
     def _segment_bytes(self, num_tokens: int) -> Bytes:
         layer, config = self.layer, self.accounting.config
         heads, width, item = layer.num_kv_heads, layer.key_width, layer.itemsize
         num_chunks = num_tokens // config.chunk_size
-        exact = self.accounting.num_exact_chunks(num_tokens, self.segments)
+        exact = self.accounting.num_exact_chunks(num_tokens, self.first)
         device = exact * (heads * INDEX_BYTES + config.chunk_size * layer.token_bytes)
         device += _stored(num_chunks * heads, layer.key_dim, item, packed=config.factor_dtype is not None)
         packed = config.value_dtype is not None
@@ -268,7 +278,7 @@ class LayerPlan:
         if config.key_store == "exact":
             stored += _stored(num_tokens * heads, layer.key_dim, item, packed=packed)
         else:
-            rank = self.accounting.rank(layer, num_tokens, self.segments)
+            rank = self.accounting.rank(layer, num_tokens, self.first)
             device += (
                 _stored(num_tokens, rank, item, packed=config.factor_dtype is not None) + (rank + 1) * width * item
             )
@@ -277,13 +287,8 @@ class LayerPlan:
     def _resident_bytes(self) -> int:
         """`ResidentChunks` after a step at this length; its slots only grow with the context."""
         config, layer = self.accounting.config, self.layer
-        sizes = [self.segments[:index] for index in range(len(self.segments))]
-        exact = sum(
-            self.accounting.num_exact_chunks(size, before) for size, before in zip(self.segments, sizes, strict=True)
-        )
-        num_compressed = sum(self.segments)
-        available = num_compressed // config.chunk_size - exact
-        selected = min(config.num_selected_chunks(num_compressed + self.tail), available)
+        available = self.num_compressed // config.chunk_size - self.num_exact_chunks
+        selected = min(config.num_selected_chunks(self.num_compressed + self.tail), available)
         candidates = min(round(config.candidate_factor * selected), available)
         slots = min(config.num_resident_chunks(candidates, self.accounting.device), available)
         if not slots:
@@ -322,7 +327,7 @@ class WindowPlan:
     def generate(self, num_new: int) -> None:
         """Nothing changes."""
 
-    def restore(self, start: Start) -> None:
+    def restore(self, start: Start, *, shared: bool) -> None:
         """Nothing changes."""
 
 
@@ -330,8 +335,8 @@ def plan_of(layer: LayerShape, accounting: Accounting, start: Start, total_token
     """A sequence in this layer that goes on from `start` and gets `total_tokens` at most."""
     if layer.window is not None:
         return WindowPlan(layer, min(layer.window, total_tokens))
-    plan = LayerPlan(layer, accounting, list(start.segments))
-    plan.append(start.tail)
+    plan = LayerPlan(layer, accounting)
+    plan.restore(start, shared=True)
     return plan
 
 

@@ -130,7 +130,7 @@ def checksum(tensors: dict[str, torch.Tensor]) -> int:
     """CRC-32 of the tensors' bytes in the order of their names."""
     result = 0
     for name in sorted(tensors):
-        result = zlib.crc32(memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()), result)
+        result = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, result)
     return result
 
 
@@ -250,13 +250,13 @@ def expected_tensors(header: Header, accounting: Accounting, dtype: torch.dtype)
             num_kept = min(layer.window, header.start.num_tokens)
             expected |= _pair(f"{index}.window", layer, num_kept, dtype)
             continue
-        before: list[int] = []
+        first = 0
         for place, (num_tokens, rank) in enumerate(zip(header.segments, next(ranks), strict=True)):
             if num_tokens % accounting.config.chunk_size:
                 raise DocumentError("its header is damaged: a segment has half a chunk")
             prefix = f"{index}.{place}"
-            expected |= _segment_tensors(prefix, layer, accounting, num_tokens, rank, before, dtype)
-            before.append(num_tokens)
+            expected |= _segment_tensors(prefix, layer, accounting, num_tokens, rank, first, dtype)
+            first = first or num_tokens
         if header.tail:
             expected |= _pair(f"{index}.tail", layer, header.tail, dtype)
         if accounting.config.query_weighted:
@@ -277,12 +277,12 @@ def _segment_tensors(
     accounting: Accounting,
     num_tokens: int,
     rank: int,
-    before: list[int],
+    first: int,
     dtype: torch.dtype,
 ) -> Expected:
     config, heads = accounting.config, layer.num_kv_heads
     chunk, num_chunks = config.chunk_size, num_tokens // config.chunk_size
-    num_exact = accounting.num_exact_chunks(num_tokens, before)
+    num_exact = accounting.num_exact_chunks(num_tokens, first)
     values, factors = config.value_dtype, config.factor_dtype
     expected: Expected = {
         f"{prefix}.exact chunks.0": (torch.int64, (heads, num_exact)),
@@ -293,7 +293,7 @@ def _segment_tensors(
     }
     if config.key_store == "exact":
         return expected | _rows(f"{prefix}.keys", (heads * num_chunks, chunk, layer.key_dim), dtype, packed=values)
-    allowed = accounting.rank(layer, num_tokens, before)
+    allowed = accounting.rank(layer, num_tokens, first)
     if not (1 <= rank <= allowed if config.rank_energy is not None else rank == allowed):
         raise DocumentError(f"its header is damaged: rank {rank}")
     return expected | {
