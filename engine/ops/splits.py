@@ -6,8 +6,9 @@ device. Programs then share what there really is, by lengths they read on the de
 
 # Several programs for each of the 108 to 148 multiprocessors of the supported devices.
 TARGET_PROGRAMS = 1024
-# Chunks of a part at least, and parts at most, of the work over landmarks.
-MINIMUM_CHUNKS = 256
+# Chunks of a part at least, and parts at most, of the work over landmarks: at batch 1 and 122K tokens two programs for
+# each multiprocessor, which find their segment once and then read 128 KB of bf16 landmarks.
+MINIMUM_CHUNKS = 512
 MAXIMUM_CHUNK_SPLITS = 128
 # The same for tokens. Regions, whose length is known on the device only, add up to some 2,048 of them.
 MINIMUM_TOKENS = 64

@@ -29,5 +29,5 @@ def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
 @pytest.fixture
 def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels cut the work of a sequence and head into few parts: programs are interpreted slowly."""
-    monkeypatch.setattr(splits, "TARGET_PROGRAMS", 12)
+    monkeypatch.setattr(splits, "TARGET_PROGRAMS", 8)
     monkeypatch.setattr(splits, "MINIMUM_CHUNKS", 32)
