@@ -79,6 +79,6 @@ package_dir, packages = package_layout()
 setup(
     package_dir=package_dir,
     packages=packages,
-    package_data={"longshadow": ["py.typed", "*.pyi"]},
+    package_data={"longshadow": ["py.typed", "*.pyi"], "longshadow.engine.serving": ["page.html"]},
     **cuda_extension(),
 )

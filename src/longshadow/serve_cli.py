@@ -46,7 +46,7 @@ def serve(
         "90%"
     ),
     host_memory: Annotated[str | None, typer.Option(help="For caches in host memory. Default: the engine's.")] = None,
-    max_body_mb: Annotated[float, typer.Option(help="Largest request body; larger ones get status 413.")] = 32.0,
+    max_body_mb: Annotated[int, typer.Option(help="Largest request body in MiB; larger ones get status 413.")] = 32,
     request_seconds: Annotated[float, typer.Option(help="Longest request; then it gets status 503.")] = 600.0,
     grace_seconds: Annotated[float, typer.Option(help="For open requests to finish when the server stops.")] = 30.0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if any.")] = None,
@@ -69,7 +69,7 @@ def serve(
             host=host,
             port=port,
             api_key=api_key or None,
-            max_body_bytes=int(max_body_mb * MEBIBYTE),
+            max_body_bytes=max_body_mb * MEBIBYTE,
             request_seconds=request_seconds,
             grace_seconds=grace_seconds,
             documents_dir=documents_dir,

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import re
+from pathlib import Path
 
 from longshadow.engine.serving.page import content_security_policy, page_routes
 from tests.engine.serving.conftest import serving
@@ -46,3 +47,8 @@ def test_nothing_becomes_markup():
 
 def test_the_page_is_no_part_of_the_description():
     assert [route.include_in_schema for route in page_routes().routes] == [False]
+
+
+def test_the_page_belongs_to_the_package():
+    setup = Path(__file__).resolve().parents[3] / "setup.py"
+    assert '"longshadow.engine.serving": ["page.html"]' in setup.read_text()
