@@ -16,6 +16,7 @@ WRITTEN_BY_RUNS = ("bench/results", "bench/RESULTS.md")
 DECIDING_SOURCES = (
     "engine/**/*.py",
     "bench/**/*.py",
+    "src/longshadow/model_sources.py",
     "src/longshadow/models.py",
     "src/longshadow/gguf_files.py",
 )

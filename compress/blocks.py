@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 LinearHook = Callable[[str, nn.Module, torch.Tensor], None]
+# Layers by name, each with the factors B [m, r] and A [r, n] of what it adds to its output.
+LowRankTerms = dict[str, tuple[nn.Module, torch.Tensor, torch.Tensor]]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -150,8 +152,8 @@ def add_low_rank(layer: nn.Module, b: torch.Tensor, a: torch.Tensor) -> Removabl
 
 
 @contextmanager
-def compensated(layers: dict[str, tuple[nn.Module, torch.Tensor, torch.Tensor]]) -> Iterator[None]:
-    """Within, each layer adds B A x to its output; values are (layer, B [m, r], A [r, n])."""
+def compensated(layers: LowRankTerms) -> Iterator[None]:
+    """Within, each layer adds B A x to its output."""
     hooks = [add_low_rank(layer, b, a) for layer, b, a in layers.values()]
     try:
         yield

@@ -52,7 +52,8 @@ def read_documents(source: str) -> list[str]:
             if line.strip()
         ]
     else:
-        documents = [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
+        documents = text.split("\n\n")
+    documents = [document for document in documents if document.strip()]
     if not documents:
         raise ValueError(f"the calibration text {source} is empty")
     return documents

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,20 @@ from torch import nn
 
 from longshadow import __version__
 from longshadow.compress.adapters.files import save_adapter
-from longshadow.compress.blocks import compensated
+from longshadow.compress.blocks import LowRankTerms
 from longshadow.compress.calibration import Splits, read_documents, split_blocks
-from longshadow.compress.evaluation import Quality, mean_and_interval, quality
+from longshadow.compress.evaluation import ORIGINAL, Quality, Variant, difference, qualities
 from longshadow.compress.options import CompensationOptions
 from longshadow.compress.pipeline import Compensation, compensate
 from longshadow.compress.planning import num_layer_weights, plan_compensation
 from longshadow.compress.report import report_files
 from longshadow.compress.shards import Shards
 from longshadow.compress.solver import Method
-from longshadow.models import LoadedModel, load_model, model_files
+from longshadow.compress.storage import is_plain
+from longshadow.model_sources import model_files
+from longshadow.models import LoadedModel, load_model
 
-OnBlock = Callable[[int, int, str], None]  # blocks that are done, of how many, and what is done
+OnStep = Callable[[int, int, str, str], None]  # steps that are done, of how many, of what work, and what a step is
 
 
 def run_compensation(
@@ -33,7 +35,7 @@ def run_compensation(
     options: CompensationOptions,
     *,
     device: str | None = None,
-    on_block: OnBlock | None = None,
+    on_step: OnStep | None = None,
 ) -> dict[str, Any]:
     """Writes the adapter to `output`, with the report in it, and returns the report.
 
@@ -46,18 +48,27 @@ def run_compensation(
     documents = read_documents(options.calibration)
     first = load_model(original, device=device, max_memory=plan.estimate.original if plan.original_on_disk else None)
     second = load_model(quantized, device=device)
-    check_vocabulary(first, second)
+    check_models(first, second)
     splits = split_blocks(first.tokenizer, documents, length=options.sequence_length, samples=options.num_samples)
     splits = splits.to(second.model.device)
     key = run_key(original, quantized, options, splits)
     shards = {
         method: Shards(output.with_name(f".{output.name}.{method}.unfinished"), key) for method in options.methods
     }
-    tried = {
-        method: _compensated(first, second, splits.calibration, options, method, shards[method], on_block)
-        for method in options.methods
-    }
-    selection = _divergences(first.model, second.model, tried, splits.selection) if len(tried) > 1 else {}
+    try:
+        tried = {
+            method: _compensated(first, second, splits.calibration, options, method, shards[method], on_step)
+            for method in options.methods
+        }
+    except ValueError:
+        for unfinished in shards.values():
+            unfinished.discard()  # the same command would fail again
+        raise
+    selection: dict[Method, float] = {}
+    if len(tried) > 1:
+        variants: dict[str, Variant] = {method: _variant(second.model, result) for method, result in tried.items()}
+        compared = qualities(first.model, variants, splits.selection, _counter(on_step, "choosing the method"))
+        selection = {method: compared[method].mean_divergence for method in tried}
     method = min(selection, key=selection.__getitem__) if selection else options.methods[0]
     result = tried[method]
     report: dict[str, Any] = {
@@ -70,8 +81,9 @@ def run_compensation(
         "propagate": options.propagate,
         "adapter_bytes": result.num_weights * options.dtype.itemsize,
         "bits_per_weight": 8 * result.num_weights * options.dtype.itemsize / num_layer_weights(second.model),
+        "left_out": None if result.left_out is None else asdict(result.left_out),
         "versions": {"longshadow": __version__, "torch": torch.__version__},
-        "report": measured(first.model, second.model, result, splits.report),
+        "report": measured(first.model, second.model, result, splits.report, _counter(on_step, "measuring")),
         "layers": {name: vars(layer) for name, layer in result.layers.items()},
     }
     save_adapter(output, result.factors, base_model=quantized, others=report_files(report))
@@ -87,40 +99,51 @@ def _compensated(
     options: CompensationOptions,
     method: Method,
     shards: Shards,
-    on_block: OnBlock | None,
+    on_step: OnStep | None,
 ) -> Compensation:
     rank, budget = options.rank_or_budget(num_layer_weights(quantized.model))
     label = f"compensating, {method}" if len(options.methods) > 1 else "compensating"
-    try:
-        result = compensate(
-            original.model,
-            quantized.model,
-            samples,
-            rank=rank,
-            budget=budget,
-            uniform=options.uniform_rank,
-            method=method,
-            propagate=options.propagate,
-            head=options.lm_head,
-            dtype=options.dtype,
-            shards=shards,
-            on_block=None if on_block is None else lambda done, total: on_block(done, total, label),
-        )
-        if not result.factors:
-            raise ValueError(f"{quantized.name} has the weights of {original.name}: there is nothing to compensate")
-    except ValueError:
-        shards.discard()  # the same command would fail again
-        raise
+    result = compensate(
+        original.model,
+        quantized.model,
+        samples,
+        rank=rank,
+        budget=budget,
+        uniform=options.uniform_rank,
+        method=method,
+        propagate=options.propagate,
+        head=options.lm_head,
+        dtype=options.dtype,
+        shards=shards,
+        on_block=_counter(on_step, label, "layer"),
+    )
+    if not result.factors:
+        raise ValueError(f"{quantized.name} has the weights of {original.name}: there is nothing to compensate")
     return result
 
 
-def check_vocabulary(original: LoadedModel, quantized: LoadedModel) -> None:
-    """Raises ValueError where the models do not speak of the same tokens."""
+def check_models(original: LoadedModel, quantized: LoadedModel) -> None:
+    """Raises ValueError where the models do not speak of the same tokens, or one is damaged or has a LoRA in it."""
     sizes = [loaded.model.config.get_text_config().vocab_size for loaded in (original, quantized)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"{original.name} has {sizes[0]:,} tokens and {quantized.name} {sizes[1]:,}: they are not one model"
         )
+    for loaded in (original, quantized):
+        for name, parameter in loaded.model.named_parameters():
+            if ".lora_A." in name:
+                raise ValueError(
+                    f"{loaded.name} has a LoRA adapter in it: give the model without, and `adapter merge` the two later"
+                )
+            if not _is_finite(parameter.detach()):
+                raise ValueError(f"{loaded.name} has weights that are not finite, in {name}: get its files again")
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    """Of ordinary weights in memory; those of a library's own kind, or on disk, are looked at block by block."""
+    if not is_plain(weight) or weight.dtype.itemsize < 2 or weight.is_meta or weight.numel() == 0:
+        return True
+    return all(bool(end.isfinite()) for end in weight.aminmax())
 
 
 def run_key(original: str, quantized: str, options: CompensationOptions, splits: Splits) -> str:
@@ -135,39 +158,37 @@ def run_key(original: str, quantized: str, options: CompensationOptions, splits:
     return hashlib.sha256(text.encode() + splits.calibration.cpu().numpy().tobytes()).hexdigest()
 
 
-def measured(original: nn.Module, quantized: nn.Module, result: Compensation, samples: torch.Tensor) -> dict[str, Any]:
+def measured(
+    original: nn.Module,
+    quantized: nn.Module,
+    result: Compensation,
+    samples: torch.Tensor,
+    on_sample: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
     """Perplexity and divergence of the original, the quantised model, and that with the adapter, on unseen text."""
-    before = quality(original, quantized, samples)
-    with compensated(_hooked(quantized, result)):
-        after = quality(original, quantized, samples)
-    gains = [old - new for old, new in zip(before.divergence, after.divergence, strict=True)]
-    mean, low, high = mean_and_interval(gains)
+    variants = {"quantized": Variant(model=quantized), "compensated": _variant(quantized, result)}
+    found = qualities(original, variants, samples, on_sample)
+    before = found["quantized"]
+    removed = difference(before, found["compensated"])
     return {
         "samples": len(samples),
-        "original": _row(quality(original, original, samples)),
-        "quantized": _row(before),
-        "compensated": _row(after),
-        "recovered": mean / before.mean_divergence if before.mean_divergence else 0.0,
-        "divergence_removed": {"mean": mean, "low": low, "high": high},
+        **{name: _row(found[name]) for name in (ORIGINAL, *variants)},
+        "recovered": removed["mean"] / before.mean_divergence if before.mean_divergence else 0.0,
+        "divergence_removed": removed,
     }
 
 
-def _divergences(
-    original: nn.Module, quantized: nn.Module, tried: dict[Method, Compensation], samples: torch.Tensor
-) -> dict[Method, float]:
-    found = {}
-    for method, result in tried.items():
-        with compensated(_hooked(quantized, result)):
-            found[method] = quality(original, quantized, samples).mean_divergence
-    return found
-
-
-def _hooked(model: nn.Module, result: Compensation) -> dict[str, tuple[nn.Module, torch.Tensor, torch.Tensor]]:
+def _variant(model: nn.Module, result: Compensation) -> Variant:
     like = model.get_input_embeddings().weight  # type: ignore[operator]
-    return {
+    added: LowRankTerms = {
         name: (model.get_submodule(name), pair.lora_b.to(like), pair.lora_a.to(like))
         for name, pair in result.factors.items()
     }
+    return Variant(model=model, added=added)
+
+
+def _counter(on_step: OnStep | None, work: str, step: str = "sample") -> Callable[[int, int], None] | None:
+    return None if on_step is None else lambda done, total: on_step(done, total, work, step)
 
 
 def _row(quality: Quality) -> dict[str, float]:

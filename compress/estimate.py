@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from longshadow.compress import krylov
 from longshadow.compress.blocks import decoder_blocks, layer_shape, linear_layers
 from longshadow.compress.statistics import input_moments_are_cheaper
 
@@ -43,6 +44,11 @@ class Estimate:
     def memory(self) -> int:
         """In all."""
         return self.quantized + self.original + max(self.states + self.block, self.logits)
+
+    @property
+    def minutes(self) -> int:
+        """At least one."""
+        return max(1, round(self.seconds / 60))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +96,14 @@ def estimated(
     adapter = budget if budget is not None else sum((m + n) * min(rank or 0, m, n) for it in blocks for m, n in it)
     in_blocks = sum(m * n for shapes in blocks for m, n in shapes)
     head = hidden * int(config.vocab_size)
-    report = tokens / 3
     forward = 2 * in_blocks * tokens
     passes = 3 + (1 if budget is not None else 0)
     moments = sum(_moment_operations(m, n) for it in blocks for m, n in it) * tokens
-    measuring = 2 * (in_blocks + head) * report * 4
-    solving = sum(_solver_operations(m, n) for it in blocks for m, n in it)
+    # A third as many tokens as for calibration, by the original, the quantised model, and that with the adapter; to
+    # choose a method, as many again, by the original and by each compensation.
+    runs = 3 + (1 + num_methods if num_methods > 1 else 0)
+    measuring = runs * 2 * (in_blocks + head) * tokens / 3
+    solving = sum(_solver_operations(m, n, rank) for it in blocks for m, n in it)
     return Estimate(
         quantized=quantized_bytes,
         original=(largest if original_on_disk else weights) * itemsize,
@@ -103,7 +111,8 @@ def estimated(
         block=max(_block_bytes(shapes) for shapes in blocks),
         logits=4 * length * int(config.vocab_size) * FP32,
         adapter=adapter * adapter_itemsize,
-        seconds=num_methods * ((passes * forward + moments + measuring) / speed.fp32 + solving / speed.fp64),
+        seconds=num_methods * ((passes * forward + moments) / speed.fp32 + solving / speed.fp64)
+        + measuring / speed.fp32,
     )
 
 
@@ -118,7 +127,10 @@ def _moment_operations(m: int, n: int) -> int:
     return 2 * n * n if input_moments_are_cheaper(n, [m]) else 2 * m * (m + n)
 
 
-def _solver_operations(m: int, n: int) -> int:
+def _solver_operations(m: int, n: int, rank: int | None) -> int:
+    """At most; of a whole spectrum where ranks are not given, since they follow from it."""
+    if rank is not None and krylov.is_worthwhile(min(m, n), rank):
+        return krylov.MAXIMUM_STEPS * 2 * (2 * m * n + n * n) * (rank + krylov.OVERSAMPLING)
     return 4 * m * n * min(m, n) + EIGENDECOMPOSITION * min(m, n) ** 3
 
 

@@ -1,14 +1,17 @@
 """What a compensation bought, on text that it never saw: divergence from the original, and perplexity."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from longshadow.compress.blocks import LowRankTerms, compensated
+
 RESAMPLES = 2000
+ORIGINAL = "original"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,14 @@ class Quality:
         return math.exp(sum(self.loss) / len(self.loss))
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Variant:
+    """A model to compare with the original, with low-rank terms added to its layers."""
+
+    model: nn.Module
+    added: LowRankTerms = field(default_factory=dict)
+
+
 @torch.no_grad()
 def log_probabilities(model: nn.Module, sample: torch.Tensor) -> torch.Tensor:
     """Of the next token, [length - 1, vocabulary] in fp32, for token ids [length]."""
@@ -41,10 +52,35 @@ def log_probabilities(model: nn.Module, sample: torch.Tensor) -> torch.Tensor:
     return logits[0, :-1].float().log_softmax(-1)
 
 
-def quality(original: nn.Module, model: nn.Module, samples: torch.Tensor) -> Quality:
-    """Of `model` on token ids [samples, length]; of the original itself, the divergence is 0."""
-    expected = (log_probabilities(original, sample) for sample in samples)
-    return quality_against(expected, model, samples) if model is not original else own_quality(expected, samples)
+def qualities(
+    original: nn.Module,
+    variants: Mapping[str, Variant],
+    samples: torch.Tensor,
+    on_sample: Callable[[int, int], None] | None = None,
+) -> dict[str, Quality]:
+    """Of each variant, and of the original under "original", on token ids [samples, length].
+
+    All of them on one sample after the other, so that the original runs once. `on_sample` is called with the number of
+    samples that are done and of all.
+    """
+    found: dict[str, list[Quality]] = {name: [] for name in (ORIGINAL, *variants)}
+    if on_sample is not None:
+        on_sample(0, len(samples))
+    for number, sample in enumerate(samples, 1):
+        expected, one = [log_probabilities(original, sample)], sample.unsqueeze(0)
+        found[ORIGINAL].append(own_quality(expected, one))
+        for name, variant in variants.items():
+            with compensated(variant.added):
+                found[name].append(quality_against(expected, variant.model, one))
+        if on_sample is not None:
+            on_sample(number, len(samples))
+    return {
+        name: Quality(
+            divergence=tuple(value for part in parts for value in part.divergence),
+            loss=tuple(value for part in parts for value in part.loss),
+        )
+        for name, parts in found.items()
+    }
 
 
 def quality_against(expected: Iterable[torch.Tensor], model: nn.Module, samples: torch.Tensor) -> Quality:
@@ -61,6 +97,13 @@ def own_quality(expected: Iterable[torch.Tensor], samples: torch.Tensor) -> Qual
     """Of the original itself."""
     loss = tuple(float(F.nll_loss(reference, sample[1:])) for reference, sample in zip(expected, samples, strict=True))
     return Quality(divergence=(0.0,) * len(loss), loss=loss)
+
+
+def difference(worse: Quality, better: Quality) -> dict[str, float]:
+    """By how many nats the divergence of `better` is smaller, paired by samples: the mean and its 95 % interval."""
+    pairs = zip(worse.divergence, better.divergence, strict=True)
+    mean, low, high = mean_and_interval([old - new for old, new in pairs])
+    return {"mean": mean, "low": low, "high": high}
 
 
 def mean_and_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float, float]:

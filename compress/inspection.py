@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import align_module_device
 
 from longshadow.compress.formats import format_of, weight_of
-from longshadow.compress.pipeline import stages_of
+from longshadow.compress.matching import stages_of
 from longshadow.models import load_model
 
 RANKS = (16, 32, 64)

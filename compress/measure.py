@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from longshadow.compress.blocks import HiddenStates, input_groups, linear_layers, run_block
-from longshadow.compress.folding import norm_scale, unfolded
-from longshadow.compress.formats import weight_of
+from longshadow.compress.blocks import HiddenStates, run_block
+from longshadow.compress.matching import block_weights
 from longshadow.compress.solver import Factors, Method, Spectrum, error_left, refit_b, solve, spectrum_of
 from longshadow.compress.statistics import (
     ErrorMoments,
@@ -76,22 +75,30 @@ class Calibrator:
     ) -> dict[str, MeasuredLayer]:
         """Runs a block over its inputs and counts the moments of every layer whose weight has changed.
 
-        Raises ValueError where the blocks do not match, weights are not finite, or too far apart.
+        Raises ValueError for weights or inputs that are not finite, and for weights too far apart.
         """
-        weights, residuals, columns, groups = self._changed_weights(original, quantized, hidden, name)
+        if not all(sample.isfinite().all() for sample in hidden.samples):
+            raise ValueError(
+                f"{name} is given inputs that are not finite: weights before it are damaged, or beyond their dtype"
+            )
+        weights = block_weights(original, quantized, hidden, name, of_original=self.of_original)
+        residuals = weights.residuals()
         layers: dict[str, MeasuredLayer] = {}
         counting: set[str] = set()  # layers that fill moments: of a group that shares them, the first
-        for members in groups:
+        for group in weights.groups:
+            members = [member for member in group if member in residuals]
+            if not members:
+                continue
             width, device = residuals[members[0]].shape[1], residuals[members[0]].device
             shared = InputMoments(width, device=device)
             cheaper = self.only_inputs or input_moments_are_cheaper(width, [len(residuals[it]) for it in members])
             counting.update(members[:1] if cheaper else members)
             for member in members:
                 layers[member] = MeasuredLayer(
-                    weight=weights[member],
+                    weight=weights.original[member],
                     residual=residuals[member],
                     moments=shared if cheaper else ErrorMoments(residuals[member]),
-                    input_scale=columns.get(member) if self.of_original else None,
+                    input_scale=weights.columns.get(member) if self.of_original else None,
                 )
         energies = dict.fromkeys(layers, 0.0)
 
@@ -159,48 +166,6 @@ class Calibrator:
             report = LayerReport(rank=0 if found is None else found.rank, before=error / energy, after=after / energy)
             solved[name] = (found, report)
         return solved
-
-    def _changed_weights(
-        self, original: nn.Module, quantized: nn.Module, hidden: HiddenStates, name: str
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor], list[list[str]]]:
-        """W and R of the layers whose weights differ, scales folded into columns, and layers by equal inputs."""
-        from accelerate.utils import align_module_device
-
-        given, changed = linear_layers(original), linear_layers(quantized)
-        if given.keys() != changed.keys():
-            odd = sorted(given.keys() ^ changed.keys())
-            raise ValueError(f"the models do not match: {name}.{odd[0]} is in one of them only")
-        weights, approximations = {}, {}
-        for layer_name, layer in changed.items():
-            with align_module_device(given[layer_name]):  # an original that does not fit in memory lies on disk
-                weight = weight_of(given[layer_name])
-            approximation = weight_of(layer)
-            if weight.shape != approximation.shape:
-                raise ValueError(
-                    f"the models do not match: {name}.{layer_name} is {list(weight.shape)} in one and "
-                    f"{list(approximation.shape)} in the other"
-                )
-            if not (weight.isfinite().all() and approximation.isfinite().all()):
-                raise ValueError(f"{name}.{layer_name} has weights that are not finite")
-            weights[layer_name], approximations[layer_name] = weight, approximation
-        scales: dict[str, torch.Tensor] = {}
-        watched = original if self.of_original else quantized
-        groups = input_groups(watched, hidden)
-        for group in groups:
-            if group.norm is not None:
-                norms = original.get_submodule(group.norm), quantized.get_submodule(group.norm)
-                with align_module_device(norms[0]):
-                    scale = norm_scale(*norms, weights[group.layers[0]].shape[1])
-                if scale is not None:
-                    scales |= dict.fromkeys(group.layers, scale)
-        weights, columns = unfolded(weights, approximations, scales)
-        residuals = {
-            layer_name: weight - approximations[layer_name]
-            for layer_name, weight in weights.items()
-            if not torch.equal(weight, approximations[layer_name])
-        }
-        members = [[layer_name for layer_name in group.layers if layer_name in residuals] for group in groups]
-        return weights, residuals, columns, [group for group in members if group]
 
 
 def _energy(weight: torch.Tensor, moments: InputMoments) -> float:

@@ -10,15 +10,15 @@ from torch import nn
 
 from longshadow.compress.allocation import LayerGains, allocate
 from longshadow.compress.blocks import (
-    Head,
     HiddenStates,
     compensated,
-    decoder_blocks,
     first_inputs,
     layer_shape,
     linear_layers,
     run_block,
 )
+from longshadow.compress.experts import LeftOut, left_out
+from longshadow.compress.matching import Stage, stages_of
 from longshadow.compress.measure import Calibrator, LayerReport
 from longshadow.compress.sensitivity import output_sensitivity
 from longshadow.compress.shards import Shards
@@ -35,26 +35,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Compensation:
-    """Factors by the names of the modules in the model, and what each layer's error was and is."""
+    """Factors by the names of the modules in the model, each layer's error before and after, and what is left out."""
 
     factors: dict[str, Factors] = field(default_factory=dict)
     layers: dict[str, LayerReport] = field(default_factory=dict)
+    left_out: LeftOut | None = None
 
     @property
     def num_weights(self) -> int:
         """Of all factors."""
         return sum(factors.lora_a.numel() + factors.lora_b.numel() for factors in self.factors.values())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A block, or the head, in both models; `names` are the whole names of its linear layers."""
-
-    number: int
-    original: nn.Module
-    quantized: nn.Module
-    name: str
-    names: dict[str, str]
 
 
 @torch.no_grad()
@@ -100,6 +90,9 @@ def compensate(
     if samples.dim() != 2 or samples.numel() == 0:
         raise ValueError(f"samples must be token ids [samples, length], got {list(samples.shape)}")
     stages = stages_of(original, quantized, head=head)
+    experts = left_out(original, quantized)
+    if experts is not None:
+        logger.warning("%s", experts)
     calibrator = Calibrator(of_original=propagate == "original", only_inputs=method != "eora")
     start = first_inputs(original if propagate == "original" else quantized, samples)
     num_done, num_steps = 0, len(stages) * (1 if budget is None or uniform else 2)
@@ -120,7 +113,7 @@ def compensate(
     if method == "fisher":
         names = [name for stage in stages for name in stage.names.values()]
         sensitivity = output_sensitivity(original, names, samples[:SENSITIVITY_SAMPLES])
-    result = Compensation()
+    result = Compensation(left_out=experts)
     hidden = start
     for stage in stages:
         saved = None if shards is None else shards.load(f"block_{stage.number:05d}")
@@ -148,25 +141,6 @@ def compensate(
             hidden = _next_inputs(stage, hidden, propagate, {name: pair for name, (pair, _) in solved.items()})
         done()
     return result
-
-
-def stages_of(original: nn.Module, quantized: nn.Module, *, head: bool) -> list[Stage]:
-    """Blocks of both models side by side, and their heads. Raises ValueError where their numbers differ."""
-    blocks, compressed = decoder_blocks(original), decoder_blocks(quantized)
-    if len(blocks) != len(compressed):
-        raise ValueError(f"the models have {len(blocks)} and {len(compressed)} blocks: they do not match")
-    pairs: list[tuple[nn.Module, nn.Module]] = list(zip(blocks, compressed, strict=True))
-    if head:
-        pairs.append((Head(original), Head(quantized)))
-    whole = {module: name for name, module in quantized.named_modules()}
-    stages = []
-    for number, (block, other) in enumerate(pairs):
-        name = whole.get(other, "the head")
-        names = {below: whole[layer] for below, layer in linear_layers(other).items()}
-        stages.append(Stage(number=number, original=block, quantized=other, name=name, names=names))
-    if any(parameter.dim() > 2 for parameter in quantized.parameters()):
-        logger.warning("experts are not compensated: their weights are no linear layers")
-    return stages
 
 
 def _next_inputs(

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longshadow.compress.adapters.atomic import whole_folder
 from longshadow.compress.blocks import decoder_blocks, linear_layers
-from longshadow.models import DEMO_NAME, demo_folder
+from longshadow.compress.planning import num_layer_weights, require_room
+from longshadow.models import empty_model, load_model
 
 MADE = "longshadow_quantize.json"
 SCHEMES = "nf4, int8:gGROUP, int4:gGROUP, int3:gGROUP, int2:gGROUP (such as int4:g64) and 2:4"
@@ -27,19 +27,20 @@ def quantize_model(original: str, scheme: str, folder: Path, *, dtype: torch.dty
         folder: must not exist, or be empty.
         dtype: of what is not quantised.
 
-    Raises ValueError for an unknown scheme, a missing library, and a folder that holds something.
+    Raises ValueError for an unknown scheme, a missing library, a model that cannot be loaded, a folder that holds
+    something, and a disk without room for the model.
     """
     made = json.dumps({"original": original, "scheme": scheme, "dtype": str(dtype)})
     if (folder / MADE).is_file() and (folder / MADE).read_text(encoding="utf-8") == made:
         return  # by an earlier run, which may have been stopped later on
-    options = {"quantization_config": quantization_config(scheme)} if scheme != "2:4" else {}
-    source = str(demo_folder()) if original == DEMO_NAME else original
+    config = None if scheme == "2:4" else quantization_config(scheme)
+    require_room(folder, _num_bytes(original, scheme, dtype))
     with whole_folder(folder) as partial:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        loaded = load_model(original, dtype=dtype, device="cpu", quantization_config=config)
         if scheme == "2:4":
-            prune_two_of_four(model)
-        model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(source).save_pretrained(partial)
+            prune_two_of_four(loaded.model)
+        loaded.model.save_pretrained(partial)
+        loaded.tokenizer.save_pretrained(partial)
         (partial / MADE).write_text(made, encoding="utf-8")
 
 
@@ -74,3 +75,17 @@ def prune_two_of_four(model: nn.Module) -> None:
     sparsifier.prepare(model, [{"tensor_fqn": f"{names[layer]}.weight"} for layer in layers])
     sparsifier.step()
     sparsifier.squash_mask()
+
+
+def _num_bytes(original: str, scheme: str, dtype: torch.dtype) -> int:
+    model = empty_model(original)
+    in_layers = num_layer_weights(model)
+    others = sum(parameter.numel() for parameter in model.parameters()) - in_layers
+    return int(in_layers * _bytes_per_weight(scheme, dtype) + others * dtype.itemsize)
+
+
+def _bytes_per_weight(scheme: str, dtype: torch.dtype) -> float:
+    """On disk, with scales, rounded up."""
+    if scheme == "nf4":
+        return 0.6
+    return dtype.itemsize if scheme == "2:4" else 1.25  # torchao keeps every integer in a byte

@@ -7,6 +7,8 @@ import json
 import logging
 from typing import Any
 
+from longshadow.compress.adapters.runtimes import vllm_rank
+
 REPORT = "compensation_report.json"
 PAGE = "report.html"
 PLOT = "error_per_layer.png"
@@ -99,7 +101,8 @@ img {{ max-width: 100% }}
 
 def model_card(report: dict[str, Any]) -> str:
     """A README.md as the Hugging Face hub shows it."""
-    ranks = [int(layer["rank"]) for layer in report["layers"].values()]
+    largest = max(int(layer["rank"]) for layer in report["layers"].values())
+    rank = vllm_rank(largest) or largest
     rows = "\n".join(f"| {' | '.join(row)} |" for row in quality_rows(report))
     facts = "\n".join(f"- {key}: {value}" for key, value in _facts(report))
     return f"""---
@@ -122,7 +125,7 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(model, "this folder", autocast_adapter_dtype=False)
 ```
 
-With vLLM: `--enable-lora --max-lora-rank {_serving_rank(max(ranks))}`, where it serves the base model's format.
+With vLLM, where it serves the format of the base model: `--enable-lora --max-lora-rank {rank}`.
 
 {facts}
 """
@@ -164,10 +167,10 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("rank", shown),
         ("calibration", f"{calibration['samples']} x {report['sequence_length']} tokens of {calibration['text']}"),
         ("activations", report["propagate"]),
+        *([("not compensated", _left_out(report["left_out"]))] if report["left_out"] else []),
         *((f"version of {name}", version) for name, version in report["versions"].items()),
     ]
 
 
-def _serving_rank(rank: int) -> int:
-    """The least of the ranks that vLLM can be told which is enough."""
-    return next((size for size in (1, 8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
+def _left_out(experts: dict[str, Any]) -> str:
+    return f"experts ({experts['num_weights']:,} weights, {experts['share']:.1%} of those in the blocks)"

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from longshadow.compress.adapters.atomic import whole_folder
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -27,27 +29,27 @@ class Shards:
         Raises ValueError where the folder is another run's, or no run's.
         """
         self.folder = folder
-        manifest = folder / MANIFEST
         expected = {"format": FORMAT, "key": key}
-        if folder.exists() and (not manifest.is_file() or _read(manifest) != expected):
+        if not folder.exists():
+            with whole_folder(folder) as partial:
+                (partial / MANIFEST).write_text(json.dumps(expected), encoding="utf-8")
+        elif _read(folder / MANIFEST) != expected:
             raise ValueError(
                 f"{folder} holds an unfinished run with other models, texts or settings: repeat that command to "
                 "finish it, or delete the folder"
             )
-        if not folder.exists():
-            folder.mkdir(parents=True)
-            partial = manifest.with_suffix(".partial")
-            partial.write_text(json.dumps(expected), encoding="utf-8")
-            partial.replace(manifest)
 
     def load(self, name: str) -> tuple[dict[str, torch.Tensor], Any] | None:
-        """Tensors and facts of a finished piece; None where it is not finished."""
+        """Tensors and facts of a finished piece; None where it is not finished, or was damaged since."""
         path = self._path(name)
         if not path.is_file():
             return None
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no mapping
-            return tensors, json.loads(file.metadata()["facts"])
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no mapping
+                return tensors, json.loads(file.metadata()["facts"])
+        except SafetensorError:
+            return None
 
     def save(self, name: str, tensors: Mapping[str, torch.Tensor], facts: Any) -> None:
         """Keeps a finished piece; `facts` must be JSON."""
@@ -68,7 +70,8 @@ class Shards:
 
 
 def _read(manifest: Path) -> Any:
+    """None for one that is missing or damaged."""
     try:
         return json.loads(manifest.read_bytes())
-    except ValueError:
+    except (OSError, ValueError):
         return None

@@ -1,4 +1,4 @@
-"""The bytes that a layer's weight takes as it is stored, whatever its format."""
+"""The bytes that a weight takes as it is stored, whatever its format."""
 
 import math
 
@@ -14,11 +14,11 @@ def stored_bits_per_weight(layers: list[nn.Module]) -> float | None:
 
     None where layers keep ordinary floating-point weights: then what a file would keep of them is not to be seen.
     """
-    if all(type(layer) is nn.Linear and _is_plain(layer.weight) for layer in layers):
+    if all(type(layer) is nn.Linear and is_plain(layer.weight) for layer in layers):
         return None
     weights = sum(math.prod(layer_shape(layer)) for layer in layers)
     stored = sum(
-        _num_bytes(value)
+        stored_bytes(value)
         for layer in layers
         for name, value in layer.state_dict().items()
         if isinstance(value, torch.Tensor) and name != "bias"
@@ -26,12 +26,14 @@ def stored_bits_per_weight(layers: list[nn.Module]) -> float | None:
     return 8 * stored / weights
 
 
-def _is_plain(weight: torch.Tensor) -> bool:
+def is_plain(weight: torch.Tensor) -> bool:
+    """Whether a weight is an ordinary floating-point tensor, rather than a library's own kind."""
     return weight.is_floating_point() and not is_traceable_wrapper_subclass(weight)
 
 
-def _num_bytes(tensor: torch.Tensor) -> int:
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """Of a tensor, or of all tensors that a library's own kind is made of."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
-        return sum(_num_bytes(getattr(tensor, name)) for name in names)
+        return sum(stored_bytes(getattr(tensor, name)) for name in names)
     return tensor.numel() * tensor.element_size()

@@ -54,5 +54,5 @@ def print_plan(plan: "Plan") -> None:
         ("the adapter, on disk", estimate.adapter),
     ):
         table.add_row(name, f"{number / 1e9:,.2f} GB")
-    table.add_row("time, roughly", f"{max(1, round(estimate.seconds / 60)):,} min")
+    table.add_row("time, roughly", f"{estimate.minutes:,} min")
     Console().print(table)

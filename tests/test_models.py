@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from longshadow import models
+from longshadow import model_sources
 from longshadow.gguf_files import sha256
 from longshadow.models import LoadedModel, load_model, max_positions
 from tests.tiny_models import MAX_POSITIONS, write_folder, write_gguf
@@ -94,7 +94,7 @@ def test_demo_package_without_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_record_hashes_are_those_of_the_files() -> None:
-    source, recorded = models._demo_source()
+    source, recorded = model_sources._demo_source()
     assert recorded == sha256(source)
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from longshadow.compress.adapters.atomic import whole_folder
-from longshadow.compress.adapters.bases import DENSE, Base
+from longshadow.compress.adapters.bases import Base
 from longshadow.compress.adapters.exported import Exported
 from longshadow.compress.adapters.installing import misfits
 from longshadow.compress.adapters.reading import Adapter
+from longshadow.model_sources import DENSE
 from longshadow.models import load_model
 
 SHARD = "5GB"

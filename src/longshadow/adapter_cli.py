@@ -118,11 +118,15 @@ def evaluate(
     """Measure what an adapter is worth on unseen text, beside the same bytes spent on more bits."""
     with user_errors(debug):
         log_to_stderr()
-        from longshadow.compress.adapters.evaluation import EvaluationText, evaluate_adapter
+        from longshadow.compress.adapters.evaluation import EvaluationText, evaluate_on_text, load_subject
         from longshadow.compress.adapters.tables import print_evaluation
+        from longshadow.compress.calibration import read_documents
+        from longshadow.display import LayerBar
 
-        source = EvaluationText(source=text, length=sequence_length, num_samples=num_samples)
-        report = evaluate_adapter(adapter, original, quantized, source, bits_per_weight=bits_per_weight, device=device)
+        source = EvaluationText(documents=read_documents(text), length=sequence_length, num_samples=num_samples)
+        subject = load_subject(adapter, original, quantized, device=device)
+        with LayerBar("measuring", step="sample") as bar:
+            report = evaluate_on_text(subject, source, bits_per_weight=bits_per_weight, on_sample=bar.update)
         if json_output:
             print(json.dumps(report))
         else:

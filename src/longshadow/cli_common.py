@@ -1,5 +1,6 @@
 """What all commands share: number formats, logging, and how a mistake ends. Nothing heavy is imported."""
 
+import errno
 import logging
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 CHECK_FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
+FULL_DISK = "free some space, or choose a folder on another disk, and give the command again"
 
 
 class DType(StrEnum):
@@ -53,12 +55,17 @@ def user_errors(debug: bool) -> Iterator[None]:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        _exit_with(str(error))
-    except (MemoryError, RuntimeError) as error:
-        # torch's error for a full GPU, by name: importing torch for it would slow every command down
-        if debug or not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):
-            raise
-        _exit_with(f"out of memory ({error}); try a shorter text, --dtype bfloat16 or another --device")
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        _exit_with(f"{error}; {FULL_DISK}" if is_full else str(error))
+    except Exception as error:
+        # By their names: importing torch and safetensors for them would slow every command down.
+        kind = type(error).__name__
+        if not debug and (isinstance(error, MemoryError) or kind == "OutOfMemoryError"):
+            _exit_with(f"out of memory ({error}); try a shorter text, --dtype bfloat16 or another --device")
+        # Damaged files are told as ValueError, so this is one that could not be written.
+        if not debug and kind == "SafetensorError":
+            _exit_with(f"a file cannot be written ({error}); {FULL_DISK}")
+        raise
 
 
 def _exit_with(message: str) -> NoReturn:

@@ -116,7 +116,7 @@ def compensate(
 
             quantize_model(original, quantize, Path(quantized))
         with LayerBar("compensating") as bar:
-            report = run_compensation(original, quantized, output, options, device=device, on_block=bar.update)
+            report = run_compensation(original, quantized, output, options, device=device, on_step=bar.update)
         if json_output:
             print(json.dumps(report))
         else:

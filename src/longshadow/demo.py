@@ -5,7 +5,8 @@ import sys
 from longshadow import ShadowKVConfig
 from longshadow.display import answer, print_report
 from longshadow.generation import Sampling
-from longshadow.models import DEMO_NAME, load_model
+from longshadow.model_sources import DEMO_NAME
+from longshadow.models import load_model
 from longshadow.prompts import encode_prompt
 
 TOPIC = "typesseq"

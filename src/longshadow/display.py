@@ -85,24 +85,33 @@ def _run(
 
 
 class LayerBar:
-    """A progress bar over a model's layers, on stderr, gone when the work is done."""
+    """A progress bar over a model's layers, or other steps, on stderr, gone when the work is done."""
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str, step: str = "layer") -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("layer {task.completed}/{task.total}"),
+            TextColumn("{task.fields[step]}"),
+            MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task(description, total=None)
+        self._description = description
+        self._task = self._progress.add_task(description, total=None, step=step)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -113,9 +122,12 @@ class LayerBar:
     ) -> None:
         self.stop()
 
-    def update(self, num_done: int, num_layers: int, description: str | None = None) -> None:
-        """Shows how many layers are done, and of what, if that has changed."""
-        self._progress.update(self._task, completed=num_done, total=num_layers, description=description)
+    def update(self, num_done: int, num_steps: int, description: str | None = None, step: str = "layer") -> None:
+        """Shows how many steps are done, and of what work; the time left is that of this work alone."""
+        if description is not None and description != self._description:
+            self._progress.reset(self._task, total=num_steps, description=description, step=step)
+            self._description = description
+        self._progress.update(self._task, completed=num_done, total=num_steps)
 
     def stop(self) -> None:
         """Takes the bar away; harmless when it is gone already."""

@@ -10,7 +10,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 from longshadow.cli import app
-from longshadow.compress.evaluation import mean_and_interval, quality
+from longshadow.compress.command import run_compensation
+from longshadow.compress.evaluation import Variant, qualities
+from longshadow.compress.options import CompensationOptions
 from longshadow.compress.shards import Shards
 from tests.compress.test_pipeline import round_to_nearest
 from tests.tiny_models import tiny_model, tiny_tokenizer, write_folder
@@ -46,8 +48,31 @@ def test_an_adapter_and_a_report(models: tuple[Path, Path], tmp_path: Path) -> N
     assert report["adapter_bytes"] < size < 1.5 * report["adapter_bytes"] + 10_000
     loaded = peft.PeftModel.from_pretrained(round_to_nearest(tiny_model()), output)
     samples = torch.randint(100, (2, 64), generator=torch.Generator().manual_seed(0))
-    plain = quality(tiny_model(), round_to_nearest(tiny_model()), samples).mean_divergence
-    assert quality(tiny_model(), loaded, samples).mean_divergence < plain
+    variants = {"plain": Variant(model=round_to_nearest(tiny_model())), "adapted": Variant(model=loaded)}
+    found = qualities(tiny_model(), variants, samples)
+    assert found["adapted"].mean_divergence < found["plain"].mean_divergence
+
+
+def test_progress_is_told(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """Of blocks, and of samples while quality is measured."""
+    options = CompensationOptions(rank=4, sequence_length=64, num_samples=9)
+    steps: list[tuple[int, int, str, str]] = []
+    original, quantized = map(str, models)
+    run_compensation(
+        original, quantized, tmp_path / "adapter", options, device="cpu", on_step=lambda *step: steps.append(step)
+    )
+    blocks = [(done, 2, "compensating", "layer") for done in (1, 2)]
+    assert steps == blocks + [(done, 3, "measuring", "sample") for done in range(4)]
+
+
+def test_a_bar_on_a_terminal(models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+    result = run(*models, tmp_path / "adapter", "--rank", "4", "--json")
+    assert "compensating" in result.stderr and "measuring" in result.stderr
+    assert "layer 0/?" in result.stderr and "sample 3/3" in result.stderr
+    assert json.loads(result.stdout), "the bar does not go to stdout"
 
 
 def test_files_for_people(models: tuple[Path, Path], tmp_path: Path) -> None:
@@ -184,11 +209,3 @@ def test_mistakes(models: tuple[Path, Path], tmp_path: Path) -> None:
         [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert message in line
     assert {path.name for path in tmp_path.iterdir()} == {"full", "lora"}
-
-
-def test_intervals() -> None:
-    assert mean_and_interval([2.0] * 5) == (2.0, 2.0, 2.0)
-    generator = torch.Generator().manual_seed(0)
-    mean, low, high = mean_and_interval(torch.randn(400, generator=generator).tolist())
-    # The standard error of 400 draws is 0.05.
-    assert low < mean < high and 0.15 < high - low < 0.25

@@ -8,13 +8,14 @@ import pytest
 from typer.testing import CliRunner
 
 from longshadow.cli import app
-from longshadow.compress.adapters.evaluation import EvaluationText, evaluate_adapter
+from longshadow.compress.adapters.evaluation import EvaluationText, evaluate_on_text, load_subject
+from longshadow.compress.calibration import read_documents
 from longshadow.compress.command import run_compensation
 from longshadow.compress.options import CompensationOptions
 from tests.compress.test_pipeline import round_to_nearest
 from tests.tiny_models import tiny_model, tiny_tokenizer, write_folder
 
-TEXT = EvaluationText(length=64, num_samples=9)
+TEXT = EvaluationText(documents=read_documents("builtin"), length=64, num_samples=9)
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +32,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
 
 def test_it_finds_what_compensate_found(run: tuple[Path, dict[str, Any]]) -> None:
     folder, report = run
-    found = evaluate_adapter(
-        folder / "adapter", str(folder / "original"), str(folder / "quantized"), TEXT, bits_per_weight=4.0, device="cpu"
-    )
+    subject = load_subject(folder / "adapter", str(folder / "original"), str(folder / "quantized"), device="cpu")
+    counted: list[tuple[int, int]] = []
+    found = evaluate_on_text(subject, TEXT, bits_per_weight=4.0, on_sample=lambda *count: counted.append(count))
+    assert counted == [(done, 3) for done in range(4)]
     for name, other in (("original", "original"), ("quantised", "quantized"), ("with the adapter", "compensated")):
         assert found["rows"][name] == pytest.approx(report["report"][other], rel=1e-6)
     assert found["removed_by_adapter"] == pytest.approx(report["report"]["divergence_removed"], rel=1e-6)
@@ -60,11 +62,13 @@ def test_without_a_size_there_is_no_rounding(run: tuple[Path, dict[str, Any]]) -
     command += ["--quantized", str(folder / "quantized"), "--sequence-length", "64", "--num-samples", "9"]
     told = CliRunner().invoke(app, [*command, "--json"])
     assert "rounding" not in json.loads(told.stdout), told.stderr
-    shown = CliRunner().invoke(app, command)
+    terminal = {"TTY_COMPATIBLE": "1", "COLUMNS": "100", "NO_COLOR": "1"}
+    shown = CliRunner(env=terminal).invoke(app, command)
+    assert "measuring" in shown.stderr and "sample 3/3" in shown.stderr
     assert "give --bits-per-weight" in shown.stdout and "the adapter takes away" in shown.stdout
 
 
 def test_another_models_adapter_is_refused(run: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = run
     with pytest.raises(ValueError, match="is for another model"):
-        evaluate_adapter(folder / "adapter", "demo", "demo", TEXT, device="cpu")
+        load_subject(folder / "adapter", "demo", "demo", device="cpu")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
-from longshadow import models
+from longshadow import model_sources
 from longshadow.compress.adapters.bases import Base, read_base
 from longshadow.compress.adapters.files import save_adapter
 from longshadow.compress.adapters.gguf_export import ARCHITECTURES, arranged_b, export_gguf
@@ -92,7 +92,7 @@ def test_transformers_reads_the_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_rows_are_those_of_a_real_file(smollm2: LoadedModel) -> None:
     """W = W I through the export's arrangement is the tensor that llama.cpp's converter wrote."""
-    reader = gguf.GGUFReader(models._demo_source()[0])
+    reader = gguf.GGUFReader(model_sources._demo_source()[0])
     real = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
     base = Base(name="SmolLM2", method="gguf", config=smollm2.model.config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 30)

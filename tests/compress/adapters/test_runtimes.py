@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from longshadow.compress.adapters.bases import Base, quantization_method, read_base
+from longshadow.compress.adapters.bases import Base, read_base
 from longshadow.compress.adapters.reading import Adapter, read_adapter
 from longshadow.compress.adapters.runtimes import VLLM_RANKS, Verdict, verdicts, vllm_rank
 from longshadow.compress.solver import Factors
+from longshadow.model_sources import quantization_method
 from tests.compress.adapters.lora_files import write_lora
 from tests.tiny_models import tiny_model, write_gguf
 
@@ -77,7 +78,10 @@ def test_the_others(tmp_path: Path) -> None:
     mixed = adapter_of(tmp_path / "mixed", (8, 16))
     assert verdict(dora, "PEFT", "bitsandbytes").serves and verdict(plain, "PEFT", "quanto").serves is None
     assert verdict(plain, "SGLang", "dense").serves and verdict(plain, "SGLang", "bitsandbytes").serves is None
-    assert "padded" in verdict(mixed, "SGLang", "dense").line
+    overruled = adapter_of(tmp_path / "overruled", rank_pattern={"q_proj": 8}, alpha_pattern={"q_proj": 16})
+    same = adapter_of(tmp_path / "same", rank_pattern={"q_proj": 8}, alpha_pattern={"q_proj": 8})
+    for adapter, hint in ((mixed, True), (overruled, True), (same, False), (plain, False)):
+        assert ("padded" in verdict(adapter, "SGLang", "dense").line) is hint
     assert verdict(dora, "SGLang", "dense").serves is verdict(dora, "llama.cpp", "gguf").serves is False
     assert "-m the/base --lora" in verdict(plain, "llama.cpp", "gguf").line
     assert "convert the base" in verdict(plain, "llama.cpp", "dense").line
@@ -105,5 +109,5 @@ def test_how_bases_are_stored(tmp_path: Path) -> None:
     for stored, method in [({"quant_method": "gptq", "bits": 4}, "gptq"), ({"load_in_4bit": True}, "bitsandbytes")]:
         assert quantization_method(LlamaConfig(quantization_config=stored)) == method
     for name in ("nowhere/at-all", str(tmp_path / "none.gguf"), str(tmp_path)):
-        with pytest.raises(ValueError, match=r"cannot be read|no file"):
+        with pytest.raises(ValueError, match=r"cannot load nowhere/at-all|no file|no config.json"):
             read_base(name, only_here=True)
