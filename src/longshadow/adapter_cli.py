@@ -38,16 +38,19 @@ def inspect(
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Tell what an adapter is (base, layers, ranks, scales, size), or what quantisation did to a model's layers."""
+    """Tell what an adapter is (base, layers, ranks, scales, size).
+
+    With --original, tell what quantisation did to a model's layers, and what compensating them would take.
+    """
     with user_errors(debug):
         if original is not None:
-            from longshadow.compress.inspection import inspect_quantized, print_inspection, to_dict
+            from longshadow.compress.inspection import inspect_quantized, print_inspection
 
-            layers = inspect_quantized(original, str(adapter), device=device)
+            inspection = inspect_quantized(original, str(adapter), device=device)
             if json_output:
-                print(json.dumps(to_dict(layers)))
+                print(json.dumps(inspection.to_dict()))
             else:
-                print_inspection(layers)
+                print_inspection(inspection)
             return
         from longshadow.compress.adapters.description import describe
         from longshadow.compress.adapters.reading import read_adapter
