@@ -8,6 +8,7 @@ from longshadow.report import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 SERVES = {True: "yes", False: "no", None: "maybe"}
 
@@ -64,6 +65,26 @@ def print_evaluation(report: dict[str, Any]) -> None:
         )
     elif bits["quantised"] is None:
         console.print("the size of the quantised weights cannot be seen: give --bits-per-weight", soft_wrap=True)
+    if "tasks" in report:
+        console.print(_task_table(report["tasks"]))
+
+
+def _task_table(tasks: dict[str, Any]) -> "Table":
+    from rich.table import Table
+
+    limit = f", at most {tasks['limit']:,} examples of each" if tasks["limit"] else ""
+    rows = [(task, metric, scores) for task, metrics in tasks["results"].items() for metric, scores in metrics.items()]
+    names = list(dict.fromkeys(name for _, _, scores in rows for name in scores))
+    table = Table("task", "metric", *names, title=f"lm-eval {tasks['lm_eval']}{limit}", title_justify="left")
+    for task, metric, scores in rows:
+        table.add_row(task, metric, *(_score(scores.get(name)) for name in names))
+    return table
+
+
+def _score(score: dict[str, float | None] | None) -> str:
+    if score is None:
+        return "–"
+    return f"{score['value']:.4f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.4f}")
 
 
 def _interval(difference: dict[str, float]) -> str:

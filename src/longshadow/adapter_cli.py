@@ -114,6 +114,10 @@ def evaluate(
     bits_per_weight: Annotated[
         float | None, typer.Option(help="Of the quantised layers, scales included, where it cannot be seen.")
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Benchmarks of lm-eval, too: names or YAML files, with commas between them.")
+    ] = None,
+    tasks_limit: Annotated[int | None, typer.Option(help="Examples of each task at most.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if any.")] = None,
     json_output: Json = False,
     debug: Debug = False,
@@ -123,13 +127,18 @@ def evaluate(
         log_to_stderr()
         from longshadow.compress.adapters.evaluation import EvaluationText, evaluate_on_text, load_subject
         from longshadow.compress.adapters.tables import print_evaluation
+        from longshadow.compress.adapters.tasks import Harness, Tasks
         from longshadow.compress.calibration import read_documents
         from longshadow.display import LayerBar
 
+        names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+        harness = None if tasks is None else Harness(Tasks(names=names, limit=tasks_limit))
         source = EvaluationText(documents=read_documents(text), length=sequence_length, num_samples=num_samples)
         subject = load_subject(adapter, original, quantized, device=device)
         with LayerBar("measuring", step="sample") as bar:
             report = evaluate_on_text(subject, source, bits_per_weight=bits_per_weight, on_sample=bar.update)
+        if harness is not None:
+            report["tasks"] = harness.run(subject.models(), subject.original.tokenizer)
         if json_output:
             print(json.dumps(report))
         else:
