@@ -10,8 +10,9 @@ from torch import nn
 
 from longshadow.compress.allocation import LayerGains, allocate
 from longshadow.compress.blocks import first_inputs, run_block
+from longshadow.compress.matching import stages_of
 from longshadow.compress.measure import Calibrator, MeasuredLayer
-from longshadow.compress.pipeline import RANK_MULTIPLE, SENSITIVITY_SAMPLES, stages_of
+from longshadow.compress.pipeline import RANK_MULTIPLE, SENSITIVITY_SAMPLES
 from longshadow.compress.sensitivity import output_sensitivity
 from longshadow.compress.solver import Factors, cast_factors, factors_of, solve, spectrum_of, weighted
 from longshadow.compress.statistics import InputMoments

@@ -157,6 +157,14 @@ def test_unknown_architecture(folder: Path) -> None:
     assert "mystery" in message_of(folder)
 
 
+def test_libraries_that_a_format_needs_are_named_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_sources, "_is_installed", lambda library: False)
+    config = json.loads((folder / "config.json").read_text())
+    stored = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
+    assert message_of(folder).endswith("needs gptqmodel and optimum: pip install gptqmodel optimum")
+
+
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
 def test_impossible_device(folder: Path, device: str) -> None:
     message = message_of(folder, device)
