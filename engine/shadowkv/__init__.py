@@ -9,11 +9,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from longshadow.engine.shadowkv.cache import ShadowKVCache, Statistics
     from longshadow.engine.shadowkv.config import ShadowKVConfig
+    from longshadow.engine.shadowkv.graphs import DecodeGraphs, graphed_decoding
     from longshadow.engine.shadowkv.memory import MemoryReport
 
-__all__ = ["MemoryReport", "ShadowKVCache", "ShadowKVConfig", "Statistics"]
+__all__ = ["DecodeGraphs", "MemoryReport", "ShadowKVCache", "ShadowKVConfig", "Statistics", "graphed_decoding"]
 
-_HOME = {"MemoryReport": "memory", "ShadowKVCache": "cache", "ShadowKVConfig": "config", "Statistics": "cache"}
+_HOME = {
+    "DecodeGraphs": "graphs",
+    "MemoryReport": "memory",
+    "ShadowKVCache": "cache",
+    "ShadowKVConfig": "config",
+    "Statistics": "cache",
+    "graphed_decoding": "graphs",
+}
 
 
 def __getattr__(name: str) -> object:

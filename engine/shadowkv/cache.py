@@ -9,15 +9,21 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils import logging
 
+from longshadow import env
+from longshadow.engine.ops import Operators, choose_backend, operators
+from longshadow.engine.ops.backend import AUTO, REFERENCE, Shapes
 from longshadow.engine.shadowkv.attention import IMPLEMENTATION, activate, deactivate
 from longshadow.engine.shadowkv.config import ShadowKVConfig
-from longshadow.engine.shadowkv.decode import StepCounts
+from longshadow.engine.shadowkv.decode_batch import ROW_KINDS, DecodeBatch
 from longshadow.engine.shadowkv.families import AttentionLayer, RotaryAngles, describe_attention
 from longshadow.engine.shadowkv.layer import CacheState, ShadowKVLayer
 from longshadow.engine.shadowkv.memory import MemoryReport, PeakMemory, report
 from longshadow.engine.shadowkv.positions import RotationSource, TokenPositions
 from longshadow.engine.shadowkv.rope import Rotation
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +68,7 @@ class ShadowKVCache(Cache):
         width = max(layer.key_width for layer in attention_layers)
         config.prompt_rank(min(layer.key_width for layer in attention_layers))
         self.config = config
+        chosen = _operators(model, config)
         self._state = CacheState(
             config=config,
             positions=TokenPositions(_rotation_source(attention_layers, angles)),
@@ -69,6 +76,8 @@ class ShadowKVCache(Cache):
             implementation=IMPLEMENTATION,
             model_config=model.config.get_text_config(decoder=True),
             peak=PeakMemory(self._current_memory),
+            operators=chosen,
+            batch=_decode_batch(model, config, chosen),
         )
         stock = DynamicCache(config=model.config).layers
         super().__init__(
@@ -155,11 +164,16 @@ class ShadowKVCache(Cache):
             for sequence in layer.sequences:
                 for part, tensors in sequence.tensors().items():
                     yield from ((part, held) for held in tensors)
+        if self._state.batch is not None:
+            for part, tensors in self._state.batch.tensors().items():
+                yield from ((part, held) for held in tensors)
 
     def statistics(self) -> Statistics:
         """What decoding did so far."""
         layers = [layer for layer in self.layers if isinstance(layer, ShadowKVLayer)]
         counts = self._state.counts
+        if self._state.batch is not None:
+            self._state.batch.add_hits_to(counts)
         candidate_chunks = counts.hits + counts.misses
         return Statistics(
             hit_rate=counts.hits / candidate_chunks if candidate_chunks else 0.0,
@@ -169,12 +183,15 @@ class ShadowKVCache(Cache):
             num_tokens=self.get_seq_length(),
         )
 
+    @property
+    def state(self) -> CacheState:
+        """What its layers share."""
+        return self._state
+
     def reset(self) -> None:
         """Forgets all tokens and statistics."""
         super().reset()  # type: ignore[no-untyped-call]
-        self._state.positions.reset()
-        self._state.peak.reset()
-        self._state.counts = StepCounts()
+        self._state.reset()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Beam search: sequences are copied by reference, only their recent tokens in full."""
@@ -191,6 +208,8 @@ class ShadowKVCache(Cache):
     def _select(self, indices: torch.Tensor) -> None:
         sequences = indices.tolist()
         self._state.positions.select(sequences)
+        if self._state.batch is not None:
+            self._state.batch.rearrange(sequences)
         for layer in self.layers:
             if isinstance(layer, ShadowKVLayer):
                 layer.select(sequences)
@@ -211,3 +230,38 @@ def _rotation_source(layers: list[AttentionLayer], angles: RotaryAngles) -> Rota
         return angles.rotation(layer_type, position_ids, layouts[layer_type])
 
     return rotation
+
+
+def _operators(model: PreTrainedModel, config: ShadowKVConfig) -> Operators | None:
+    """Kernels for this model's device and shapes, or what LONGSHADOW_BACKEND says; None: plain PyTorch does better.
+
+    Raises ValueError for an impossible LONGSHADOW_BACKEND.
+    """
+    text_config = model.config.get_text_config(decoder=True)
+    num_heads = text_config.num_attention_heads
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads
+    shapes = Shapes(
+        num_groups=num_heads // (getattr(text_config, "num_key_value_heads", None) or num_heads),
+        key_dim=head_dim,
+        value_dim=head_dim,
+        dtype=model.dtype,
+        factors=ROW_KINDS[config.factor_dtype],
+    )
+    backend = choose_backend(model.device, shapes=shapes)
+    if backend == REFERENCE and env.backend() in (None, AUTO):
+        return None
+    return operators(model.device, backend, shapes)
+
+
+def _decode_batch(model: PreTrainedModel, config: ShadowKVConfig, chosen: Operators | None) -> DecodeBatch | None:
+    """What decodes the sequences of a cache together; None, said once, where operators do not serve it."""
+    if chosen is None:
+        return None
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    try:
+        if len(devices) > 1:
+            raise ValueError(f"the model is spread over {', '.join(sorted(devices))}")
+        return DecodeBatch(chosen, config, model.device)
+    except ValueError as error:
+        logger.warning_once(f"sequences are decoded one by one: {error}")
+        return None

@@ -19,12 +19,14 @@ from longshadow.engine.shadowkv.exact import (
 from longshadow.engine.shadowkv.resident import ResidentChunks
 from longshadow.engine.shadowkv.segment import Segment
 from longshadow.engine.shadowkv.selection import (
+    StepSizes,
     chunk_tokens,
     gather_keys,
     gather_values,
     score_chunks,
     select_chunks,
     select_tokens,
+    step_sizes,
 )
 from longshadow.engine.shadowkv.storage import ExactTokens
 
@@ -38,6 +40,12 @@ class StepCounts:
     context_tokens: int = 0
     hits: int = 0
     misses: int = 0
+
+    def add(self, sizes: StepSizes, *, num_context: int, num_exact: int, chunk_size: int, num_layers: int = 1) -> None:
+        """Counts the tokens of one step of one sequence: `num_exact` attended exactly, out of `num_context`."""
+        self.context_tokens += num_layers * num_context
+        self.attended_tokens += num_layers * (num_exact + sizes.num_selected * chunk_size)
+        self.scored_tokens += num_layers * (num_exact + sizes.num_candidates * chunk_size)
 
 
 def attend_sparsely(
@@ -58,28 +66,20 @@ def attend_sparsely(
     exact.append((tail.keys, tail.values))
     num_exact = sum(keys.shape[1] for keys, _ in exact)
     num_context = sum(segment.num_tokens for segment in segments) + tail.num_tokens
-    counts.context_tokens += num_context
-    counts.attended_tokens += num_exact
-    counts.scored_tokens += num_exact
-
     available = sum(segment.num_chunks - segment.exact_chunks.shape[1] for segment in segments)
-    num_selected = min(config.num_selected_chunks(num_context), available)
-    if num_selected == 0:
+    sizes = step_sizes(config, num_context, available, query_HGD.device)
+    counts.add(sizes, num_context=num_context, num_exact=num_exact, chunk_size=config.chunk_size)
+    if sizes.num_selected == 0:
         return attend_parts(query_HGD, exact, parameters)
-    num_candidates = min(round(config.candidate_factor * num_selected), available)
-    num_tokens = num_selected * config.chunk_size
-    counts.attended_tokens += num_tokens
-    counts.scored_tokens += num_candidates * config.chunk_size
 
     scores = score_chunks(query_HGD, segments, parameters.scaling, parameters.softcap)
-    candidates = select_chunks(scores, num_candidates)
+    candidates = select_chunks(scores, sizes.num_candidates)
     num_misses = candidates.numel()
-    num_slots = min(config.num_resident_chunks(num_candidates, query_HGD.device), available)
-    if num_slots == 0:
+    if sizes.num_slots == 0:
         keys = gather_keys(segments, candidates)
     else:
         keys, candidates, num_misses = resident.fetch_keys(
-            candidates, num_slots, lambda chunks: gather_keys(segments, chunks)
+            candidates, sizes.num_slots, lambda chunks: gather_keys(segments, chunks)
         )
     counts.misses += num_misses
     counts.hits += candidates.numel() - num_misses
@@ -88,11 +88,12 @@ def attend_sparsely(
         attention_logits(query_HGD, keys, parameters) for keys in (keys.flatten(1, 2), *(keys for keys, _ in exact))
     ]
     places: torch.Tensor | None = None
-    if num_candidates > num_selected:
+    if sizes.num_candidates > sizes.num_selected:
+        num_tokens = sizes.num_selected * config.chunk_size
         places = select_tokens(attention_weights(logits, parameters)[0], num_tokens)
         logits[0] = logits[0].gather(2, places.unsqueeze(1).expand(-1, logits[0].shape[1], -1))
     tokens = chunk_tokens(candidates, config.chunk_size, places)
-    if num_slots == 0:
+    if sizes.num_slots == 0:
         values = gather_values(segments, tokens)
     else:
         values = resident.fetch_values(places, tokens, lambda missing: gather_values(segments, missing))

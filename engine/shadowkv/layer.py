@@ -3,6 +3,7 @@
 `update` only announces new tokens; the attention function then calls `attend` with everything it knows.
 """
 
+import weakref
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from statistics import fmean
@@ -12,13 +13,15 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
+from longshadow.engine.ops import Operators
 from longshadow.engine.shadowkv.attention import expect_handoff, mark
 from longshadow.engine.shadowkv.config import ShadowKVConfig
 from longshadow.engine.shadowkv.decode import StepCounts
+from longshadow.engine.shadowkv.decode_batch import DecodeBatch
 from longshadow.engine.shadowkv.exact import AttentionParameters
 from longshadow.engine.shadowkv.families import AttentionLayer
 from longshadow.engine.shadowkv.memory import PeakMemory
-from longshadow.engine.shadowkv.positions import Rows, TokenPositions
+from longshadow.engine.shadowkv.positions import EVERY_TOKEN, Rows, TokenPositions
 from longshadow.engine.shadowkv.query_weights import QueryEnergy
 from longshadow.engine.shadowkv.rope import Rotation
 from longshadow.engine.shadowkv.sequence import RotationTable, Sequence
@@ -28,7 +31,14 @@ logger = logging.get_logger(__name__)
 
 @dataclass(eq=False, kw_only=True)
 class CacheState:
-    """What the layers of one cache share."""
+    """What the layers of one cache share.
+
+    Attributes:
+        layers: these layers, in the model's order; weakly, so that a cache that is dropped is freed at once.
+        operators: what reads the keys of prompts; None: PyTorch.
+        batch: decodes all sequences together, by operators; None where each is decoded by itself.
+        is_ahead: the tokens of the forward to come are already counted, and prepared for, in all layers.
+    """
 
     config: ShadowKVConfig
     positions: TokenPositions
@@ -37,6 +47,74 @@ class CacheState:
     model_config: Any
     peak: PeakMemory
     counts: StepCounts = field(default_factory=StepCounts)
+    layers: "list[weakref.ref[ShadowKVLayer]]" = field(default_factory=list)
+    operators: Operators | None = None
+    batch: DecodeBatch | None = None
+    is_ahead: bool = False
+    _num_prepared: int = field(default=0, init=False)
+
+    def prepare(self, num_seen: int) -> bool:
+        """Whether the sequences can take the last of `num_seen` tokens together; then all layers are ready for it.
+
+        The first layer of a forward does the work.
+        """
+        if self.batch is None:
+            return False
+        if self._num_prepared == num_seen:
+            return True
+        layers = self.living_layers
+        # The last layer is the last to get this forward's tokens: what it holds, all hold.
+        if not layers[-1].sequences or not all(sequence.num_tokens for sequence in layers[-1].sequences):
+            return False
+        if any(sequence.parked is not None for sequence in layers[-1].sequences):
+            for layer in layers:
+                layer.finish_parked_prompts()
+        try:
+            compressed = self.batch.prepare(
+                [layer.sequences for layer in layers], lambda layer, place: layers[layer].rotations(place)
+            )
+        except ValueError as error:
+            logger.warning_once(f"sequences are decoded one by one: {error}")
+            self.batch = None
+            return False
+        if compressed:
+            self.peak.observe()
+        self._num_prepared = num_seen
+        return True
+
+    def begin_ahead(self, position_ids: torch.Tensor) -> bool:
+        """Whether the next forward can be all but its launches now; it is until `end_ahead`. position_ids: [B or 1, 1].
+
+        Every sequence gets a token, and `attend` only launches operators on memory that is there.
+        """
+        layers = self.living_layers
+        if not self.prepare(layers[0].get_seq_length() + 1):
+            return False
+        self.positions.advance(position_ids)
+        for layer in layers:
+            layer.count_ahead()
+        self.is_ahead = True
+        return True
+
+    def end_ahead(self) -> None:
+        """The forward is over, or was given up."""
+        self.is_ahead = False
+        for layer in self.living_layers:
+            layer.forget_handoff()
+
+    @property
+    def living_layers(self) -> "list[ShadowKVLayer]":
+        """The layers."""
+        return [layer for reference in self.layers if (layer := reference()) is not None]
+
+    def reset(self) -> None:
+        """Forgets all tokens; the layers forget theirs themselves."""
+        self.positions.reset()
+        self.peak.reset()
+        self.counts = StepCounts()
+        self.is_ahead, self._num_prepared = False, 0
+        if self.batch is not None:
+            self.batch.reset()
 
 
 class ShadowKVLayer(CacheLayerMixin):
@@ -51,6 +129,8 @@ class ShadowKVLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self._state = state
         self._attention = attention
+        self._index = len(state.layers)
+        state.layers.append(weakref.ref(self))
         self._num_seen = 0
         self._num_expected = 0
         self._num_last = 0
@@ -68,6 +148,7 @@ class ShadowKVLayer(CacheLayerMixin):
             layout=self._attention.layout,
             segment_tokens=self._state.segment_tokens,
             counts=self._state.counts,
+            operators=self._state.operators,
         )
 
     def update(
@@ -110,8 +191,12 @@ class ShadowKVLayer(CacheLayerMixin):
         Returns [B, Hq, T, Dv]; zeros for padding.
         """
         batch_size, num_heads, num_new, _ = query.shape
+        if self._state.is_ahead:
+            return self._attend_together(query, keys, values, parameters)
         rows = self._note_positions(batch_size, num_new, mask, position_ids)
         self._notice_chunks(num_new)
+        if num_new == 1 and all(row is EVERY_TOKEN for row in rows) and self._state.prepare(self._num_seen):
+            return self._attend_together(query, keys, values, parameters)
         out = query.new_zeros(batch_size, num_heads, num_new, values.shape[3])
         for index, sequence in enumerate(self.sequences):
             row = rows[index]
@@ -120,6 +205,24 @@ class ShadowKVLayer(CacheLayerMixin):
                 out[index][:, row] = self._attend_sequence(index, sequence, q, k, v, parameters, num_new)
         self._num_expected = 0
         return out
+
+    def _attend_together(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, parameters: AttentionParameters
+    ) -> torch.Tensor:
+        """One token of every sequence, for which all is prepared."""
+        assert self._state.batch is not None
+        out = self._state.batch.attend(self._index, query.squeeze(2), keys.squeeze(2), values.squeeze(2), parameters)
+        self._num_expected = 0
+        return out.unsqueeze(2)
+
+    def count_ahead(self) -> None:
+        """One more token of every sequence, which `attend` will not count."""
+        self._num_seen += 1
+        self._num_last = 1
+
+    def forget_handoff(self) -> None:
+        """A forward that was given up will not hand its keys over."""
+        self._num_expected = 0
 
     def _note_positions(
         self, batch_size: int, num_new: int, mask: torch.Tensor | None, position_ids: torch.Tensor | None
@@ -155,7 +258,7 @@ class ShadowKVLayer(CacheLayerMixin):
         num_new: int,
     ) -> torch.Tensor:
         """Attends and caches the real new tokens of one sequence: [Hq, n, D] -> [Hq, n, Dv]."""
-        config, rotations = self._state.config, self._rotations(index)
+        config, rotations = self._state.config, self.rotations(index)
         if num_new == config.prefill_chunk_size:
             out = sequence.attend_prompt(query, keys, values, parameters)
             sequence.park(keys, values)
@@ -186,6 +289,14 @@ class ShadowKVLayer(CacheLayerMixin):
         sequence.finish_prompt(keys, values, rotations)
         self._state.peak.observe(transient=exact_bytes)
 
+    def finish_parked_prompts(self) -> None:
+        """Compresses prompts whose last chunk turns out to have been the last."""
+        for index, sequence in enumerate(self.sequences):
+            if sequence.parked is not None:
+                parked = sequence.parked
+                keys, values = (part[:, :0].to(sequence.device) for part in (parked.keys, parked.values))
+                self._finish_prompt(sequence, keys, values, self.rotations(index))
+
     def absorb(
         self,
         keys: torch.Tensor,
@@ -202,9 +313,10 @@ class ShadowKVLayer(CacheLayerMixin):
         for index, sequence in enumerate(self.sequences):
             if query_energy is not None and self._state.config.query_weighted:
                 sequence.query_energy = QueryEnergy(query_energy[index])
-            self._finish_prompt(sequence, keys[index], values[index], self._rotations(index))
+            self._finish_prompt(sequence, keys[index], values[index], self.rotations(index))
 
-    def _rotations(self, index: int) -> RotationTable:
+    def rotations(self, index: int) -> RotationTable:
+        """The rotations of one sequence's tokens."""
         attention, positions = self._attention, self._state.positions
 
         def table(start: int, stop: int) -> Rotation | None:

@@ -72,6 +72,7 @@ class TokenPositions:
         self._rows: Rows = []
         self._logs: dict[str, list[_RotationLog]] = {}
         self._logged: set[str] = set()
+        self._ahead: list[torch.Tensor] = []  # position ids [B or 1, 1] of tokens that are in no log yet
 
     def begin(self, num_seen: int, batch_size: int, num_new: int, mask: torch.Tensor | None) -> Rows:
         """A layer that has seen `num_seen` tokens, padding included, gets `num_new` more.
@@ -94,6 +95,32 @@ class TokenPositions:
         self._logged.clear()
         return rows
 
+    @property
+    def num_real(self) -> list[int]:
+        """Real tokens of each sequence, which is the position of the next one unless positions were given."""
+        return self._num_real
+
+    def advance(self, position_ids: torch.Tensor) -> None:
+        """Every sequence gets one more real token, and no layer will report it. position_ids: [B or 1, 1].
+
+        For forwards whose host part comes before their device part. The rotation of these tokens is computed when
+        it is asked for, so it must depend on nothing but their positions.
+        """
+        self._num_seen += self._num_new
+        self._num_new = 1
+        self._rows = [EVERY_TOKEN] * len(self._num_real)
+        self._num_real = [count + 1 for count in self._num_real]
+        self._ahead.append(position_ids.clone())
+
+    def _catch_up(self) -> None:
+        """Logs the rotation of the tokens that `advance` counted."""
+        if not self._ahead:
+            return
+        position_ids = torch.cat(self._ahead, 1)
+        self._ahead = []
+        for layer_type, logs in self._logs.items():
+            _append(logs, self._rotation_of(layer_type, position_ids), [EVERY_TOKEN] * len(logs))
+
     def _real_tokens(self, batch_size: int, num_new: int, mask: torch.Tensor | None) -> Rows:
         if mask is None:
             # The mask is also dropped when all its entries are 1, so it says something about earlier tokens.
@@ -102,8 +129,11 @@ class TokenPositions:
         mask = mask.bool()
         if num_new > 1:
             self._check_history(mask[:, :-num_new].sum(1).tolist(), num_new)
+        new = mask[:, -num_new:]
+        if bool(new.all()):
+            return [EVERY_TOKEN] * batch_size
         rows: Rows = []
-        for row in mask[:, -num_new:]:
+        for row in new:
             real = row.nonzero().squeeze(1)
             first, count = int(real[0]) if len(real) else 0, len(real)
             contiguous = count == 0 or int(real[-1]) - first == count - 1
@@ -122,20 +152,19 @@ class TokenPositions:
         """Notes the new tokens' rotation for a type of layer, once per forward. position_ids: [B or 1, T]."""
         if layer_type in self._logged:
             return
+        self._catch_up()
         self._logged.add(layer_type)
-        rotation = self._rotation_of(layer_type, position_ids)
         logs = self._logs.setdefault(layer_type, [_RotationLog() for _ in self._rows])
-        for index, (log, row) in enumerate(zip(logs, self._rows, strict=True)):
-            source = min(index, rotation.cos.shape[0] - 1)
-            # Copies: a view would keep the whole batch's angles, and the half that pairs repeat, alive.
-            log.append(Rotation(rotation.cos[source][row].clone(), rotation.sin[source][row].clone()))
+        _append(logs, self._rotation_of(layer_type, position_ids), self._rows)
 
     def rotation(self, layer_type: str, sequence: int, start: int, stop: int, device: torch.device) -> Rotation:
         """Rotation of the real tokens start .. stop of a sequence."""
+        self._catch_up()
         return self._logs[layer_type][sequence].table(start, stop).to(device)
 
     def select(self, sequences: list[int]) -> None:
         """Keeps these sequences, in this order; one may be named several times."""
+        self._catch_up()
         self._rows = [self._rows[index] for index in sequences]
         self._num_real = [self._num_real[index] for index in sequences]
         self._logs = {
@@ -144,7 +173,16 @@ class TokenPositions:
 
     def tensors(self) -> list[torch.Tensor]:
         """Everything that is held in memory."""
-        return [tensor for logs in self._logs.values() for log in logs for tensor in log.tensors()]
+        logged = [tensor for logs in self._logs.values() for log in logs for tensor in log.tensors()]
+        return [*logged, *self._ahead]
+
+
+def _append(logs: list[_RotationLog], rotation: Rotation, rows: Rows) -> None:
+    """Appends to each sequence's log what its row of cos and sin [B or 1, T, P] says of its real tokens."""
+    for index, (log, row) in enumerate(zip(logs, rows, strict=True)):
+        source = min(index, rotation.cos.shape[0] - 1)
+        # Copies: a view would keep the whole batch's angles, and the half that pairs repeat, alive.
+        log.append(Rotation(rotation.cos[source][row].clone(), rotation.sin[source][row].clone()))
 
 
 def _count(row: slice | torch.Tensor, num_new: int) -> int:

@@ -9,11 +9,13 @@ from typing import Protocol
 
 import torch
 
+from longshadow.engine.ops import Operators
 from longshadow.engine.shadowkv.basis import GramAccumulator
 from longshadow.engine.shadowkv.config import ShadowKVConfig
 from longshadow.engine.shadowkv.landmarks import choose_exact_chunks, summarize_chunks
 from longshadow.engine.shadowkv.rope import RotaryLayout, Rotation, rotate, unrotate
 from longshadow.engine.shadowkv.storage import RowStore
+from longshadow.engine.shadowkv.summary import KeySummary, summarize
 
 FACTORISATION_BLOCK = 4096
 
@@ -43,11 +45,12 @@ class LowRankKeys:
         *,
         rank: int | None,
         weights_HD: torch.Tensor | None,
+        summary: KeySummary | None = None,
     ) -> None:
         """Factorises keys whose `rotation` is undone first (None: a layer without RoPE).
 
-        `weights_HD` says what an error in each element costs (None: all the same).
-        Works block by block: beside the keys themselves it needs one block of un-rotated keys.
+        `weights_HD` says what an error in each element costs (None: all the same). Without a `summary` of the keys
+        it works block by block: beside the keys themselves it needs one block of un-rotated keys.
         """
         num_heads, num_tokens, head_dim = keys_HnD.shape
         self._rotation, self._layout = rotation, layout
@@ -55,6 +58,8 @@ class LowRankKeys:
         blocks = [slice(start, start + FACTORISATION_BLOCK) for start in range(0, num_tokens, FACTORISATION_BLOCK)]
 
         def joint_keys(block: slice) -> torch.Tensor:
+            if summary is not None:
+                return summary.plain_nW[block]
             keys = keys_HnD[:, block]
             if rotation is not None and layout is not None:
                 keys = unrotate(keys, rotation[block], layout)
@@ -64,8 +69,11 @@ class LowRankKeys:
 
         weights = None if weights_HD is None else weights_HD.flatten()
         gram = GramAccumulator(num_heads * head_dim, keys_HnD.device, weights)
-        for block in blocks:
-            gram.add(joint_keys(block))
+        if summary is not None:
+            gram.add_sums(summary.gram_WW, summary.key_sum_W, num_tokens)
+        else:
+            for block in blocks:
+                gram.add(joint_keys(block))
         compute_dtype = torch.float64 if keys_HnD.dtype == torch.float64 else torch.float32
         basis = gram.solve(rank=rank, rank_energy=config.rank_energy, center=config.center_keys, dtype=compute_dtype)
         self.energy_kept = basis.energy_kept
@@ -238,13 +246,19 @@ def compress(
     key_weights: torch.Tensor | None,
     num_sink_chunks: int,
     num_outlier_chunks: int,
+    operators: Operators | None = None,
 ) -> Segment:
     """Compresses exact post-RoPE keys and values of n tokens (a multiple of the chunk size).
 
     `rotation` holds the cos and sin the keys were rotated with, `rank` None means `config.rank_energy`,
-    `key_weights` [H, D] are those of `QueryEnergy`.
+    `key_weights` [H, D] are those of `QueryEnergy`. With `operators` the keys are read by one of them.
     """
-    landmarks, min_cosine = summarize_chunks(keys_HnD, config.chunk_size)
+    summary: KeySummary | None = None
+    if operators is not None and config.key_store == "low_rank":
+        summary = summarize(keys_HnD, rotation, layout, config.chunk_size, operators)
+        landmarks, min_cosine = summary.landmarks_HCD, summary.min_cosine_HC
+    else:
+        landmarks, min_cosine = summarize_chunks(keys_HnD, config.chunk_size)
     exact_chunks = choose_exact_chunks(min_cosine, num_sink_chunks, num_outlier_chunks)
     values = StoredChunks(values_HnD, config, part="values")
     keys: KeySource
@@ -252,7 +266,7 @@ def compress(
     if config.key_store == "exact":
         keys = StoredChunks(keys_HnD, config, part="keys")
     else:
-        keys = LowRankKeys(keys_HnD, rotation, layout, config, rank=rank, weights_HD=key_weights)
+        keys = LowRankKeys(keys_HnD, rotation, layout, config, rank=rank, weights_HD=key_weights, summary=summary)
         energy_kept = keys.energy_kept
     heads = torch.arange(keys_HnD.shape[0], device=keys_HnD.device).unsqueeze(1)
     return Segment(

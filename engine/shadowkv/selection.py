@@ -7,10 +7,29 @@ t selected tokens. Chunks and tokens are numbered over all segments.
 import itertools
 from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
+from dataclasses import dataclass
 
 import torch
 
+from longshadow.engine.shadowkv.config import ShadowKVConfig
 from longshadow.engine.shadowkv.segment import Segment
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSizes:
+    """Chunks per KV head that a decoding step of one sequence selects, rebuilds keys for, and keeps afterwards."""
+
+    num_selected: int
+    num_candidates: int
+    num_slots: int
+
+
+def step_sizes(config: ShadowKVConfig, num_context: int, num_available: int, device: torch.device) -> StepSizes:
+    """Sizes of a step over `num_context` tokens, `num_available` chunks of which can be selected."""
+    num_selected = min(config.num_selected_chunks(num_context), num_available)
+    num_candidates = min(round(config.candidate_factor * num_selected), num_available)
+    num_slots = min(config.num_resident_chunks(num_candidates, device), num_available)
+    return StepSizes(num_selected=num_selected, num_candidates=num_candidates, num_slots=num_slots)
 
 
 def score_chunks(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from longshadow.engine.ops import Operators
 from longshadow.engine.shadowkv.config import MINIMUM_SEGMENT_TOKENS, ShadowKVConfig
 from longshadow.engine.shadowkv.decode import StepCounts, attend_sparsely
 from longshadow.engine.shadowkv.exact import AttentionParameters, attend_causal, attend_streamed
@@ -34,6 +35,7 @@ class Sequence:
         parked: exact tokens of a prompt whose last chunk has not come yet, in the value store.
         device: where parked tokens are computed with.
         query_energy: of the prompts' queries so far.
+        operators: what reads keys that are compressed; None: PyTorch.
     """
 
     config: ShadowKVConfig
@@ -46,6 +48,7 @@ class Sequence:
     query_energy: QueryEnergy = field(default_factory=QueryEnergy)
     resident: ResidentChunks = field(default_factory=ResidentChunks)
     counts: StepCounts = field(default_factory=StepCounts)
+    operators: Operators | None = None
 
     @property
     def num_compressed(self) -> int:
@@ -118,6 +121,16 @@ class Sequence:
         if num_old:
             self._compress(*self.tail.take_front(num_old), rotations)
 
+    def make_room(self, rotations: RotationTable) -> None:
+        """Compresses what one more generated token makes old, and makes room for that token in the tail.
+
+        Whoever writes its key and value there counts it, too: `tail.num_tokens`.
+        """
+        num_old = self._num_compressible(self.tail.num_tokens + 1, long_prompt=False)
+        if num_old:
+            self._compress(*self.tail.take_front(num_old), rotations)
+        self.tail.make_room(1)
+
     def _num_compressible(self, num_recent: int, *, long_prompt: bool) -> int:
         """How many tokens after the last segment should become one now: 0 or a multiple of the chunk."""
         if self.config.runs_dense(self.num_compressed + num_recent):
@@ -149,6 +162,7 @@ class Sequence:
                 key_weights=self.query_energy.key_weights(self.layout),
                 num_sink_chunks=0 if self.segments else config.num_sink_chunks,
                 num_outlier_chunks=min(num_outliers, num_tokens // config.chunk_size),
+                operators=self.operators,
             ),
         ]
 
@@ -171,6 +185,7 @@ class Sequence:
             query_energy=self.query_energy.copy(),
             resident=self.resident.copy(),
             counts=self.counts,
+            operators=self.operators,
         )
 
     def tensors(self) -> dict[str, list[torch.Tensor]]:

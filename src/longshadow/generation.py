@@ -11,7 +11,7 @@ from transformers import (
     set_seed,
 )
 
-from longshadow.engine.shadowkv import MemoryReport, ShadowKVCache, ShadowKVConfig
+from longshadow.engine.shadowkv import MemoryReport, ShadowKVCache, ShadowKVConfig, graphed_decoding
 from longshadow.models import LoadedModel
 from longshadow.streaming import (
     MeasuringStreamer,
@@ -136,7 +136,7 @@ def generate(
         memory = peak = MemoryReport(device={"keys and values": _num_bytes(full_cache)})
         attended_fraction = 1.0
     else:
-        with ShadowKVCache.for_model(loaded.model, shadow) as cache:
+        with ShadowKVCache.for_model(loaded.model, shadow) as cache, graphed_decoding(loaded.model, cache):
             streamer, interrupted = _stream(loaded, prompt_ids, sampling, cache, on_text, on_prefill)
             memory, peak = cache.memory(), cache.memory(peak=True)
             attended_fraction = cache.statistics().attended_fraction

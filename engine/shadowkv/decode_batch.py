@@ -1,0 +1,313 @@
+"""Batches of sequences that decode together by operators: everything about a step that needs the host.
+
+`prepare` compresses tails, enlarges buffers and writes tables, once per step for all layers; `attend`, layer by layer,
+only launches what `DeviceStep` does, so that launches captured once can be replayed after every `prepare`.
+
+Legend: B places of the batch, Hq query heads, H KV heads, D head_dim of keys, V of values.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Sequence_
+from dataclasses import dataclass, replace
+
+import torch
+
+from longshadow.engine.ops import Operators, RowKind
+from longshadow.engine.shadowkv.config import ShadowKVConfig
+from longshadow.engine.shadowkv.decode import StepCounts
+from longshadow.engine.shadowkv.device_step import DeviceStep, StepMemory
+from longshadow.engine.shadowkv.exact import AttentionParameters
+from longshadow.engine.shadowkv.selection import StepSizes, step_sizes
+from longshadow.engine.shadowkv.sequence import RotationTable, Sequence
+from longshadow.engine.shadowkv.step_buffers import Capacity, Geometry, ResidentSlots, StepScratch
+from longshadow.engine.shadowkv.step_tables import StepNumbers, StepTables
+
+ROW_KINDS = {None: RowKind.MODEL, "int8": RowKind.INT8, "fp8": RowKind.FP8}
+MAXIMUM_CANDIDATES = 4096
+NOTHING = StepSizes(num_selected=0, num_candidates=0, num_slots=0)
+# The rotations of a layer's sequence at a place of the batch.
+Rotations = Callable[[int, int], RotationTable]
+Column = tuple[Sequence, ...]
+
+
+@dataclass(eq=False)
+class _Place:
+    """A place of the batch that a sequence has: its parts in all layers, and what they were when last looked at.
+
+    All layers hold the same tokens, so they are counted in the first.
+    """
+
+    sequences: Column
+    storage: tuple[object, ...] = ()
+    num_compressed: int = 0
+    num_chunks: int = 0
+    num_exact_chunks: int = 0
+
+    def holds(self, column: Column) -> bool:
+        """Whether the sequence is the same."""
+        return bool(column) and self.sequences[0] is column[0]
+
+    def look(self) -> bool:
+        """Takes note of what the sequence consists of; whether that has changed."""
+        first = self.sequences[0]
+        now = (*first.segments, *first.tail.tensors)
+        if len(now) == len(self.storage) and all(new is old for new, old in zip(now, self.storage, strict=True)):
+            return False
+        self.storage = now
+        self.num_compressed = first.num_compressed
+        self.num_chunks = sum(segment.num_chunks for segment in first.segments)
+        self.num_exact_chunks = sum(segment.exact_chunks.shape[1] for segment in first.segments)
+        return True
+
+
+class DecodeBatch:
+    """Sequences that take one token each per step, in all layers of a model.
+
+    A sequence that stays in the batch keeps its resident chunks, wherever its place.
+    """
+
+    def __init__(self, operators: Operators, config: ShadowKVConfig, device: torch.device) -> None:
+        """`operators` for tensors on `device`. Raises ValueError for a configuration that they do not serve."""
+        if config.key_store == "exact":
+            raise ValueError("operators rebuild keys from low-rank factors, and key_store is 'exact'")
+        self._config = config
+        self._device = device
+        self._device_step = DeviceStep(operators, config, device)
+        self._version = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all sequences and frees the memory they decoded in."""
+        self._version += 1
+        self._step = 0
+        self._places: list[_Place | None] = []
+        self._origins: list[int | None] | None = None
+        self._capacity = Capacity()
+        self._geometries: list[Geometry] = []
+        self._tables: StepTables | None = None
+        self._slots: list[ResidentSlots] = []
+        self._scratch: dict[tuple[Geometry, int], StepScratch] = {}
+        self._selects = False
+        self._misses: torch.Tensor | None = None  # of the last step, by layer, place and head
+        self._num_misses = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self._num_candidates = 0
+        self._misses_are_new = False
+
+    @property
+    def signature(self) -> tuple[int, bool]:
+        """As long as it is the same, `attend` launches the same operators on the same memory."""
+        return self._version, self._selects
+
+    def prepare(self, layers: Sequence_[Sequence_[Sequence | None]], rotations: Rotations) -> bool:
+        """Makes one more token of every sequence possible, and counts it; `attend` of each layer then takes it.
+
+        `layers`: the sequences [layers][B], each with some tokens; None is a place without one. Returns whether
+        tokens were compressed. Raises ValueError, with no token counted, where operators cannot read a sequence.
+        """
+        self._add_up_misses()
+        columns = [tuple(part for part in column if part is not None) for column in zip(*layers, strict=True)]
+        origins, vacated = self._seat(columns)
+        changed, compressed = self._make_room(rotations)
+        sizes = [NOTHING if place is None else self._sizes(place) for place in self._places]
+        try:
+            self._reserve(sizes, origins, changed, vacated)
+        except ValueError:
+            self.reset()
+            raise
+        assert self._tables is not None
+        self._step += 1
+        numbers = [self._count(place, size) for place, size in zip(self._places, sizes, strict=True)]
+        self._selects = self._misses_are_new = any(row.num_candidates for row in numbers)
+        self._tables.begin_step(self._step, numbers)
+        return compressed
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        parameters: AttentionParameters,
+    ) -> torch.Tensor:
+        """Attention of the new tokens, query [B, Hq, D], keys [B, H, D], values [B, H, V]: [B, Hq, V].
+
+        Their keys and values go into the tails. Places without a sequence get whatever they get.
+        """
+        assert self._tables is not None
+        geometry = self._geometries[layer]
+        grouped = query.contiguous().unflatten(1, (geometry.num_kv_heads, -1))
+        memory = StepMemory(
+            tables=self._tables,
+            table=self._tables.layers[layer],
+            slots=self._slots[layer],
+            scratch=self._scratch_of(geometry, grouped.shape[2]),
+            layout=geometry.layout,
+        )
+        out = self._device_step.attend(
+            grouped, keys.contiguous(), values.contiguous(), parameters, memory, selects=self._selects
+        )
+        return out.flatten(1, 2)
+
+    def rearrange(self, origins: list[int]) -> None:
+        """The sequences to come are copies: that at place b takes over the resident chunks of place origins[b]."""
+        before: Sequence_[int | None] = self._origins or range(len(self._places))
+        self._origins = [before[origin] for origin in origins] if self._places else None
+
+    def add_hits_to(self, counts: StepCounts) -> None:
+        """Adds the hits and misses since the last call; this waits for the device."""
+        self._add_up_misses()
+        num_misses = int(self._num_misses)
+        counts.misses += num_misses
+        counts.hits += self._num_candidates - num_misses
+        self._num_misses.zero_()
+        self._num_candidates = 0
+
+    def tensors(self) -> dict[str, list[torch.Tensor]]:
+        """What is held in memory, by part."""
+        tables = [] if self._tables is None else self._tables.tensors
+        return {
+            "resident": [tensor for slots in self._slots for tensor in slots.tensors],
+            "decode step": [*tables, *(tensor for scratch in self._scratch.values() for tensor in scratch.tensors)],
+        }
+
+    def _seat(self, columns: list[Column]) -> tuple[list[int | None], list[int]]:
+        """Gives the sequences their places. Returns where each was before, None if nowhere, and places left empty."""
+        old = {id(place.sequences[0]): index for index, place in enumerate(self._places) if place is not None}
+        origins = self._origins or [old.get(id(column[0])) if column else None for column in columns]
+        self._origins = None
+        held = self._places if len(columns) == len(self._places) else [None] * len(columns)
+        self._places = [
+            place if place is not None and place.holds(column) else _Place(column) if column else None
+            for place, column in zip(held, columns, strict=True)
+        ]
+        vacated = [index for index, place in enumerate(held) if place is not None and self._places[index] is None]
+        return origins, vacated
+
+    def _make_room(self, rotations: Rotations) -> tuple[list[int], bool]:
+        """Places whose sequences are not where their tables say, and whether one of them was compressed."""
+        changed, compressed = [], False
+        for index, place in enumerate(self._places):
+            if place is None:
+                continue
+            num_segments = len(place.sequences[0].segments)
+            place.sequences[0].make_room(rotations(0, index))
+            if place.look():
+                for layer, sequence in enumerate(place.sequences[1:], start=1):
+                    sequence.make_room(rotations(layer, index))
+                changed.append(index)
+                compressed |= len(place.sequences[0].segments) != num_segments
+        return changed, compressed
+
+    def _sizes(self, place: _Place) -> StepSizes:
+        num_context = place.num_compressed + place.sequences[0].tail.num_tokens + 1
+        num_available = place.num_chunks - place.num_exact_chunks
+        return step_sizes(self._config, num_context, num_available, self._device)
+
+    def _reserve(
+        self, sizes: list[StepSizes], origins: list[int | None], changed: list[int], vacated: list[int]
+    ) -> None:
+        """Has enough memory at hand, moves resident chunks along with their sequences, and writes the tables."""
+        places = [place for place in self._places if place is not None]
+        needed = Capacity(
+            num_segments=max(len(place.sequences[0].segments) for place in places),
+            num_chunks=max(place.num_chunks for place in places),
+            num_candidates=max(size.num_candidates for size in sizes),
+            num_selected=max(size.num_selected for size in sizes),
+            num_slots=max(max(size.num_slots, size.num_candidates) for size in sizes),
+        )
+        if needed.num_candidates > MAXIMUM_CANDIDATES:
+            raise ValueError(f"operators choose among up to {MAXIMUM_CANDIDATES} chunks, not {needed.num_candidates}")
+        moved = any(
+            place is not None and origin != index
+            for index, (place, origin) in enumerate(zip(self._places, origins, strict=True))
+        )
+        if self._tables is None or self._tables.batch_size != len(sizes) or not self._capacity.holds(needed):
+            self._capacity = self._capacity.grown_to(needed)
+            self._allocate(places[0], origins)
+            changed = [index for index, place in enumerate(self._places) if place is not None]
+        elif moved:
+            for slots in self._slots:
+                slots.take(slots, origins)
+        assert self._tables is not None
+        for index in changed:
+            place = self._places[index]
+            assert place is not None
+            self._tables.assign(index, [(part.segments, part.tail) for part in place.sequences])
+        for index in vacated:
+            self._tables.clear(index)
+
+    def _allocate(self, place: _Place, origins: list[int | None]) -> None:
+        """Makes all memory anew, with the resident chunks of the old."""
+        self._version += 1
+        batch_size = len(self._places)
+        self._geometries = [self._geometry(sequence) for sequence in place.sequences]
+        self._tables = StepTables(
+            len(self._geometries),
+            batch_size=batch_size,
+            num_segments=self._capacity.num_segments,
+            factors=ROW_KINDS[self._config.factor_dtype],
+            values=ROW_KINDS[self._config.value_dtype],
+            dtype=self._geometries[0].dtype,
+            device=self._device,
+        )
+        self._scratch = {}
+        old, self._slots = self._slots, []
+        sizes = [batch_size * geometry.num_kv_heads for geometry in self._geometries]
+        self._misses = torch.zeros(sum(sizes), dtype=torch.int32, device=self._device)
+        for layer, (geometry, misses) in enumerate(zip(self._geometries, self._misses.split(sizes), strict=True)):
+            slots = ResidentSlots(self._capacity.num_slots, geometry, misses.view(batch_size, -1))
+            if old:
+                slots.take(old[layer], origins)
+                old[layer] = slots  # frees a layer's old memory before the next one's is made
+            self._slots.append(slots)
+
+    def _geometry(self, sequence: Sequence) -> Geometry:
+        keys, values = sequence.tail.keys, sequence.tail.values
+        return Geometry(
+            num_kv_heads=keys.shape[0],
+            key_dim=keys.shape[2],
+            value_dim=values.shape[2],
+            chunk_size=self._config.chunk_size,
+            layout=sequence.layout,
+            dtype=keys.dtype,
+            device=self._device,
+        )
+
+    def _scratch_of(self, geometry: Geometry, num_groups: int) -> StepScratch:
+        shape = (replace(geometry, layout=None), num_groups)
+        if shape not in self._scratch:
+            self._scratch[shape] = StepScratch(
+                len(self._places),
+                self._capacity,
+                geometry,
+                num_groups=num_groups,
+                takes_all_tokens=self._config.candidate_factor == 1,
+            )
+        return self._scratch[shape]
+
+    def _count(self, place: _Place | None, sizes: StepSizes) -> StepNumbers:
+        """Counts a sequence's new token, in all layers, and what the step does with it."""
+        if place is None:
+            return StepNumbers()
+        for sequence in place.sequences:
+            sequence.tail.num_tokens += 1
+        tail_tokens, chunk_size = place.sequences[0].tail.num_tokens, self._config.chunk_size
+        place.sequences[0].counts.add(
+            sizes,
+            num_context=place.num_compressed + tail_tokens,
+            num_exact=place.num_exact_chunks * chunk_size + tail_tokens,
+            chunk_size=chunk_size,
+            num_layers=len(place.sequences),
+        )
+        self._num_candidates += sizes.num_candidates * sum(geometry.num_kv_heads for geometry in self._geometries)
+        return StepNumbers(
+            num_candidates=sizes.num_candidates,
+            num_tokens=sizes.num_selected * chunk_size,
+            tail_tokens=tail_tokens,
+        )
+
+    def _add_up_misses(self) -> None:
+        """Adds the last step's misses to those before, on the device."""
+        if self._misses_are_new and self._misses is not None:
+            self._num_misses += self._misses.sum()
+        self._misses_are_new = False
