@@ -1,6 +1,7 @@
 """Rebuilt keys against fp64, written to the slots of missing chunks and nowhere else."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from longshadow.engine.ops.configuration import SHARED_MEMORY
 from longshadow.engine.ops.rotary import RotaryStyle
 from longshadow.engine.ops.tables import RowKind
 from longshadow.engine.shadowkv.rope import RotaryLayout, Rotation, rotate
+from tests.engine.ops import batches
 from tests.engine.ops.batches import Batch, random_batch
 from tests.engine.ops.checks import assert_as_exact, poisoned, run_compiler
 
@@ -136,13 +138,14 @@ def test_every_chunk_size(chunk_size: int, backend: str, device: torch.device) -
     check(batch, random_plan(batch, width=6, miss_rate=0.5), RowKind.MODEL, backend)
 
 
-def test_angles_in_the_models_dtype(backend: str, device: torch.device) -> None:
+def test_angles_in_the_models_dtype(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rotation_in_half(*arguments: Any) -> Rotation:
+        rotation = full(*arguments)
+        return Rotation(rotation.cos.half(), rotation.sin.half())
+
+    full = batches._rotation
+    monkeypatch.setattr(batches, "_rotation", rotation_in_half)
     batch = random_batch([[9], [4, 3]], layout=HALF, dtype=torch.float16, device=device)
-    for index, segments in enumerate(batch.segments):
-        for segment in segments:
-            rotation = segment.keys.rotation
-            segment.keys.rotation = Rotation(rotation.cos.half(), rotation.sin.half())
-        batch.table.assign(index, segments)
     assert not batch.table.rotation_fp32
     check(batch, random_plan(batch, width=5, miss_rate=0.8), RowKind.MODEL, backend)
 
