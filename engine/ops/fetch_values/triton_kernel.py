@@ -112,7 +112,7 @@ def _choose(
         raise ValueError(f"value head_dim must be a multiple of {ALIGNMENT // stored_size}, got {head_dim}")
     width = triton.next_power_of_2(head_dim)
     constants = {
-        "KIND": kind,
+        "KIND": int(kind),
         "HEAD_DIM": head_dim,
         "CHUNK_SIZE": chunk_size,
         "BLOCK_PLACES": max(16, PROGRAM_BYTES // (width * element_size)),

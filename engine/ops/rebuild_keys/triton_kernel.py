@@ -275,8 +275,8 @@ def _choose(
     num_pairs = rotary_dim // 2 if rotary_style else 0
     num_rest = head_dim - 2 * num_pairs
     constants = {
-        "KIND": kind,
-        "STYLE": rotary_style,
+        "KIND": int(kind),
+        "STYLE": int(rotary_style),
         "ROTATION_FP32": rotation_fp32,
         "NUM_PAIRS": num_pairs,
         "HEAD_DIM": head_dim,

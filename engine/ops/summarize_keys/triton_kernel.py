@@ -255,7 +255,7 @@ def _choose_blocks(
 ) -> tuple[dict[str, Any], dict[str, int]]:
     num_pairs = rotary_dim // 2 if rotary_style else 0
     constants = {
-        "STYLE": rotary_style,
+        "STYLE": int(rotary_style),
         "NUM_PAIRS": num_pairs,
         "HEAD_DIM": head_dim,
         "CHUNK_SIZE": chunk_size,
