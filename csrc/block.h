@@ -98,7 +98,7 @@ class DeviceBlock {
   }
 
   // Stores `value` where `expected` stands; returns what stood there.
-  static LONGSHADOW_INLINE int32_t exchange_if(int32_t* place, int32_t expected, int32_t value) {
+  static LONGSHADOW_INLINE uint16_t exchange_if(uint16_t* place, uint16_t expected, uint16_t value) {
     return atomicCAS(place, expected, value);
   }
 
@@ -157,8 +157,8 @@ class HostBlock {
     if (value < *to) *to = value;
   }
 
-  static int32_t exchange_if(int32_t* place, int32_t expected, int32_t value) {
-    const int32_t found = *place;
+  static uint16_t exchange_if(uint16_t* place, uint16_t expected, uint16_t value) {
+    const uint16_t found = *place;
     if (found == expected) *place = value;
     return found;
   }

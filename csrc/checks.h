@@ -44,7 +44,7 @@ class Arguments {
     require(holds, op_, ": ", parts...);
   }
 
-  // A contiguous tensor of this dtype and shape, aligned to 16 bytes; returns its address.
+  // The address of a contiguous tensor of this dtype and shape.
   template <typename T>
   T* pointer(const Tensor& tensor, const char* name, ScalarType dtype,
              std::initializer_list<int64_t> shape) const {
@@ -53,7 +53,16 @@ class Arguments {
     return static_cast<T*>(address(tensor, name, shape));
   }
 
-  // Of any dtype.
+  // The address of a contiguous tensor of this shape and any dtype, which must begin at a multiple of 16
+  // bytes.
+  void* vector_pointer(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) const {
+    void* data = address(tensor, name, shape);
+    check(reinterpret_cast<uintptr_t>(data) % kAlignment == 0, name, " must begin at a multiple of ",
+          kAlignment, " bytes");
+    return data;
+  }
+
+ private:
   void* address(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) const {
     check(tensor.is_cuda() && tensor.get_device_index() == device_, name, " must be on CUDA device ",
           device_);
@@ -65,13 +74,9 @@ class Arguments {
     }
     check(fits, name, " must have the shape ", text(shape), ", not ", text(tensor.sizes()));
     check(tensor.is_contiguous(), name, " must be contiguous");
-    void* data = tensor.data_ptr();
-    check(reinterpret_cast<uintptr_t>(data) % kAlignment == 0, name, " must begin at a multiple of ",
-          kAlignment, " bytes");
-    return data;
+    return tensor.data_ptr();
   }
 
- private:
   template <typename Sizes>
   static std::string text(const Sizes& sizes) {
     std::ostringstream joined;

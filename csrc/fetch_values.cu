@@ -58,7 +58,7 @@ void fetch_values(Tensor table, Tensor slot_chunks, Tensor places, int64_t kind,
   problem.has_values = arguments.pointer<uint8_t>(has_values, "has_values", ScalarType::Byte,
                                                   {num_sequences, num_heads, num_slots, kAnySize});
   const int64_t chunk_size = has_values.size(3);
-  problem.value_slots = static_cast<Vector*>(arguments.address(
+  problem.value_slots = static_cast<Vector*>(arguments.vector_pointer(
       value_slots, "value_slots", {num_sequences, num_heads, num_slots, chunk_size, kAnySize}));
   const int64_t head_dim = value_slots.size(4),
                 slot_bytes = head_dim * static_cast<int64_t>(value_slots.element_size());

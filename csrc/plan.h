@@ -9,7 +9,7 @@
 
 namespace longshadow {
 
-constexpr int32_t kNoChunk = -1;
+constexpr uint16_t kNone = 0xffff;  // no place among the chosen chunks, or no slot
 
 // One row's arrays; M chosen chunks, S slots, c tokens in a chunk.
 struct PlanRow {
@@ -38,35 +38,31 @@ LONGSHADOW_CONSTEXPR uint32_t table_capacity(uint32_t num_chosen) {
 // used.
 LONGSHADOW_CONSTEXPR uint32_t plan_bytes(uint32_t num_chosen, uint32_t num_slots) {
   constexpr uint32_t kInt32 = 4, kInt16 = 2;
-  const uint32_t matching = (kInt32 + kInt16) * table_capacity(num_chosen) + kInt32 * num_chosen;
+  const uint32_t matching = kInt16 * (table_capacity(num_chosen) + num_chosen);
   const uint32_t assigning = kInt32 * num_slots;
   return matching > assigning ? matching : assigning;
 }
 
-// Finds a chunk's place among the chosen ones. Open addressing, at most half full.
+// Finds a chunk's place among the chosen ones. Open addressing, at most half full; a cell holds a place.
 class ChunkTable {
  public:
-  LONGSHADOW_INLINE ChunkTable(int32_t* chunks, uint16_t* places, uint32_t capacity)
-      : chunks_(chunks), places_(places), mask_(capacity - 1) {}
+  LONGSHADOW_INLINE ChunkTable(const int32_t* chosen, uint16_t* cells, uint32_t capacity)
+      : chosen_(chosen), cells_(cells), mask_(capacity - 1) {}
 
   template <typename Block>
-  LONGSHADOW_INLINE void insert(int32_t chunk, uint32_t place) {
-    uint32_t cell = first_cell(chunk);
-    while (true) {
-      const int32_t found = Block::exchange_if(&chunks_[cell], kNoChunk, chunk);
-      if (found == chunk) return;
-      if (found == kNoChunk) break;
-      cell = (cell + 1) & mask_;
+  LONGSHADOW_INLINE void insert(uint32_t place) {
+    const int32_t chunk = chosen_[place];
+    for (uint32_t cell = first_cell(chunk);; cell = (cell + 1) & mask_) {
+      const uint16_t found = Block::exchange_if(&cells_[cell], kNone, static_cast<uint16_t>(place));
+      if (found == kNone || chosen_[found] == chunk) return;
     }
-    places_[cell] = static_cast<uint16_t>(place);
   }
 
-  // -1 where the chunk is not in the table.
-  LONGSHADOW_INLINE int32_t find(int32_t chunk) const {
-    for (uint32_t cell = first_cell(chunk); chunks_[cell] != kNoChunk; cell = (cell + 1) & mask_) {
-      if (chunks_[cell] == chunk) return places_[cell];
-    }
-    return -1;
+  // `kNone` where the chunk is not in the table.
+  LONGSHADOW_INLINE uint16_t find(int32_t chunk) const {
+    uint32_t cell = first_cell(chunk);
+    while (cells_[cell] != kNone && chosen_[cells_[cell]] != chunk) cell = (cell + 1) & mask_;
+    return cells_[cell];
   }
 
  private:
@@ -75,8 +71,8 @@ class ChunkTable {
     return (mixed ^ mixed >> 15) & mask_;
   }
 
-  int32_t* chunks_;
-  uint16_t* places_;
+  const int32_t* chosen_;
+  uint16_t* cells_;
   uint32_t mask_;
 };
 
@@ -92,7 +88,7 @@ class RowPlan {
   using Numbers = typename Block::template PerThread<Counts<1>>;
 
   LONGSHADOW_INLINE RowPlan(Block& block, const PlanRow& row, void* shared, uint32_t* oldest)
-      : block_(block), row_(row), shared_(shared), found_(static_cast<int32_t*>(shared)), oldest_(oldest) {}
+      : block_(block), row_(row), shared_(shared), found_(static_cast<uint16_t*>(shared)), oldest_(oldest) {}
 
   LONGSHADOW_INLINE void make() {
     Bits kept;
@@ -105,16 +101,15 @@ class RowPlan {
   // Finds the slots whose chunk is chosen; bit i of `kept` says so of a thread's i-th slot.
   LONGSHADOW_INLINE void match(Bits& kept) {
     const uint32_t capacity = table_capacity(row_.num_chosen);
-    int32_t* chunks = found_ + row_.num_chosen;
-    ChunkTable table(chunks, reinterpret_cast<uint16_t*>(chunks + capacity), capacity);
+    uint16_t* cells = found_ + row_.num_chosen;
+    ChunkTable table(row_.chosen, cells, capacity);
     block_.each([&](int thread) {
-      for (uint32_t i = thread; i < capacity; i += kNumThreads) chunks[i] = kNoChunk;
-      for (uint32_t i = thread; i < row_.num_chosen; i += kNumThreads) found_[i] = -1;
+      for (uint32_t i = thread; i < capacity; i += kNumThreads) cells[i] = kNone;
+      for (uint32_t i = thread; i < row_.num_chosen; i += kNumThreads) found_[i] = kNone;
     });
     block_.each([&](int thread) {
       for (uint32_t place = thread; place < row_.num_chosen; place += kNumThreads) {
-        const int32_t chunk = row_.chosen[place];
-        if (chunk >= 0) table.template insert<Block>(chunk, place);
+        if (row_.chosen[place] >= 0) table.template insert<Block>(place);
       }
     });
     block_.each([&](int thread) {
@@ -122,9 +117,9 @@ class RowPlan {
       uint32_t bit = 1;
       for (uint32_t slot = thread; slot < row_.num_slots; slot += kNumThreads, bit <<= 1) {
         const int32_t chunk = row_.slot_chunks[slot];
-        const int32_t place = chunk >= 0 ? table.find(chunk) : -1;
-        if (place < 0) continue;
-        found_[place] = static_cast<int32_t>(slot);
+        const uint16_t place = chunk >= 0 ? table.find(chunk) : kNone;
+        if (place == kNone) continue;
+        found_[place] = static_cast<uint16_t>(slot);
         row_.last_used[slot] = row_.step;
         kept[thread] |= bit;
       }
@@ -135,7 +130,7 @@ class RowPlan {
   // many.
   LONGSHADOW_INLINE uint32_t list_misses() {
     const auto is_missing = [&](uint32_t place) {
-      return place < row_.num_chosen && row_.chosen[place] >= 0 && found_[place] < 0;
+      return place < row_.num_chosen && row_.chosen[place] >= 0 && found_[place] == kNone;
     };
     uint32_t num_misses = 0;
     Numbers before;
@@ -144,7 +139,7 @@ class RowPlan {
       const uint32_t of_round = block_.scan(before).of[0];
       block_.each([&](int thread) {
         const uint32_t place = start + thread;
-        if (place < row_.num_chosen) row_.slots[place] = found_[place];
+        if (place < row_.num_chosen) row_.slots[place] = found_[place] == kNone ? -1 : found_[place];
         if (is_missing(place)) row_.misses[num_misses + before[thread].of[0]] = static_cast<int32_t>(place);
       });
       num_misses += of_round;
@@ -220,7 +215,7 @@ class RowPlan {
   Block& block_;
   PlanRow row_;
   void* shared_;
-  int32_t* found_;  // [M]: the slot of each chosen chunk, or -1; until slots are assigned
+  uint16_t* found_;  // [M]: the slot of each chosen chunk, or none; until slots are assigned
   uint32_t* oldest_;
 };
 

@@ -7,16 +7,27 @@ from typing import Any
 import pytest
 import torch
 
-from bench.ops import fetch_values, rebuild_keys, score_chunks, score_tokens, sparse_attention, summarize_keys
+from bench.ops import (
+    fetch_values,
+    plan_chunks,
+    rebuild_keys,
+    score_chunks,
+    score_tokens,
+    sparse_attention,
+    summarize_keys,
+    top_chunks,
+)
 from bench.ops.case import Case, Work
 from longshadow.engine.ops.backend import Operators, operators
 
 CPU = torch.device("cpu")
-DECODING = (score_chunks, score_tokens, sparse_attention, rebuild_keys, fetch_values)
+DECODING = (score_chunks, top_chunks, plan_chunks, rebuild_keys, score_tokens, fetch_values, sparse_attention)
 MODULES = (*DECODING, summarize_keys)
 # Weights sum to 1: what a wrong operator writes must differ by more than the tolerance.
 WRITTEN = {
     "score_chunks": -2,
+    "top_chunks": -2,
+    "plan_chunks": -3,
     "score_tokens": -2,
     "sparse_attention": -3,
     "rebuild_keys": -2,
@@ -41,7 +52,8 @@ def test_every_case_runs_and_its_check_can_fail(module: ModuleType) -> None:
 
     def wrong(*arguments: Any) -> None:
         right(*arguments)
-        arguments[WRITTEN[name]].mul_(1.1)
+        written = arguments[WRITTEN[name]]
+        written.mul_(1.1) if written.is_floating_point() else written.add_(1)
 
     for case in module.cases():
         if case.batch_size == 1:

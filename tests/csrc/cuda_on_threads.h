@@ -133,7 +133,7 @@ inline void atomicMin(uint32_t* to, uint32_t value) {
   }
 }
 
-inline int32_t atomicCAS(int32_t* place, int32_t expected, int32_t value) {
+inline uint16_t atomicCAS(uint16_t* place, uint16_t expected, uint16_t value) {
   std::atomic_ref(*place).compare_exchange_strong(expected, value);
   return expected;
 }

@@ -2,6 +2,11 @@
 
 import torch
 
+from longshadow.engine.ops.backend import implementation
+
+# Chosen chunks and slots are numbered in 16 bits, and must fit into the shared memory of a block.
+MAXIMUM_SLOTS = 16384
+
 
 def plan_chunks(
     chosen: torch.Tensor,
@@ -13,5 +18,9 @@ def plan_chunks(
     misses: torch.Tensor,
     num_misses: torch.Tensor,
 ) -> None:
-    """See the package. Raises RuntimeError for sizes that do not fit into shared memory, M > 4096 or S > 16384."""
-    torch.ops.longshadow.plan_chunks_cuda(chosen, slot_chunks, last_used, has_values, step, slots, misses, num_misses)
+    """See the package. More than 16,384 slots are left to the next backend."""
+    if slot_chunks.shape[2] <= MAXIMUM_SLOTS:
+        call = torch.ops.longshadow.plan_chunks_cuda
+    else:
+        call = implementation("plan_chunks", "triton", chosen.device)
+    call(chosen, slot_chunks, last_used, has_values, step, slots, misses, num_misses)

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from longshadow.engine.ops.checks import check_contiguous
 from longshadow.engine.ops.configuration import Configuration
 
 LAST = tl.constexpr(0x7FFFFFFF)  # orders chosen chunks that are none behind all others
@@ -140,6 +141,15 @@ def plan_chunks(
     num_slots, chunk_size = has_values.shape[2:]
     if num_slots < num_chosen:
         raise ValueError(f"there must be a slot for each of the {num_chosen} chosen chunks, not {num_slots}")
+    check_contiguous(
+        chosen=chosen,
+        slot_chunks=slot_chunks,
+        last_used=last_used,
+        has_values=has_values,
+        slots=slots,
+        misses=misses,
+        num_misses=num_misses,
+    )
     constexprs, num_warps = _sizes(num_chosen, num_slots)
     plan_chunks_kernel[batch_size * num_heads,](
         chosen,

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from longshadow.engine.ops.checks import check_contiguous
 from longshadow.engine.ops.configuration import Configuration
 
 BLOCK = 4096
@@ -86,6 +87,7 @@ def top_chunks_kernel(scores, counts, chosen, num_heads, num_scores, capacity, B
 
 def top_chunks(scores: torch.Tensor, counts: torch.Tensor, chosen: torch.Tensor, workspace: torch.Tensor) -> None:
     """See the package."""
+    check_contiguous(scores=scores, counts=counts, chosen=chosen)
     batch_size, num_heads, num_scores = scores.shape
     top_chunks_kernel[batch_size * num_heads,](
         scores,

@@ -1,6 +1,7 @@
 """The extension: built on demand, and what is said where it cannot be used."""
 
 import builtins
+import math
 import runpy
 import sys
 from collections.abc import Callable
@@ -135,7 +136,19 @@ def test_wrong_tensors_are_refused(backend: str, device: torch.device) -> None:
         ((scores[:1], counts, chosen), r"counts must have the shape \[1\], not \[2\]"),
         ((scores.transpose(0, 1), counts[:1].expand(3), chosen), "must be contiguous"),
         ((scores, counts.cpu(), chosen), "counts must be on CUDA device 0"),
-        ((scores.view(-1)[1:121].view(1, 3, 40), counts[:1], chosen[:1]), "a multiple of 16 bytes"),
     ]:
         with pytest.raises(RuntimeError, match=f"top_chunks: .*{reason}"):
             top_chunks(*wrong, chosen)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+def test_misaligned_slots_are_refused(backend: str, device: torch.device) -> None:
+    batch = random_batch([[5]], value_dim=32, dtype=torch.float16, device=device)
+    request = random_request(batch, num_slots=4, num_places=9)
+    shape = (*request.has_values.shape, 32)
+    slots = torch.zeros(math.prod(shape) + 1, dtype=torch.float16, device=device)[1:].view(shape)
+    with pytest.raises(RuntimeError, match="fetch_values: value_slots must begin at a multiple of 16 bytes"):
+        torch.ops.longshadow.fetch_values_cuda(
+            batch.table.segments, request.slot_chunks, request.places, 0, request.has_values, slots
+        )

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longshadow.engine.ops.backend import implementation
+from longshadow.engine.ops.plan_chunks import cuda_kernel
 from longshadow.engine.shadowkv.resident import ResidentChunks
 from tests.engine.ops.checks import check_that_it_compiles, poisoned
 
@@ -161,6 +162,15 @@ def test_large_plans(backend: str, width: int, num_slots: int, device: torch.dev
     state = State(backend, 2, 2, num_slots, device)
     for step in range(1, 4):
         state.check_step([[choose(number, 15_250, width, True) for _ in range(2)] for _ in range(2)], step)
+
+
+def test_more_slots_than_a_block_holds_go_to_the_next_backend(
+    monkeypatch: pytest.MonkeyPatch, backend: str, device: torch.device
+) -> None:
+    monkeypatch.setattr(cuda_kernel, "MAXIMUM_SLOTS", 5)
+    state = State(backend, 1, 2, 6, device)
+    state.plan_chunks = cuda_kernel.plan_chunks
+    state.check_step([[[4, 9, 11, -1], [0, 1, 2, 3]]], 1)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"], indirect=True)
