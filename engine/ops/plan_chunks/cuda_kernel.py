@@ -19,8 +19,8 @@ def plan_chunks(
     num_misses: torch.Tensor,
 ) -> None:
     """See the package. More than 16,384 slots are left to the next backend."""
+    arguments = (chosen, slot_chunks, last_used, has_values, step, slots, misses, num_misses)
     if slot_chunks.shape[2] <= MAXIMUM_SLOTS:
-        call = torch.ops.longshadow.plan_chunks_cuda
+        torch.ops.longshadow.plan_chunks_cuda(*arguments)
     else:
-        call = implementation("plan_chunks", "triton", chosen.device)
-    call(chosen, slot_chunks, last_used, has_values, step, slots, misses, num_misses)
+        implementation("plan_chunks", "triton", chosen.device)(*arguments)
