@@ -29,8 +29,11 @@ class QueryEnergy:
         self._energy_HD = squares if self._energy_HD is None else self._energy_HD + squares
 
     def key_weights(self, layout: RotaryLayout | None) -> torch.Tensor | None:
-        """w [H, D], mean 1 over all elements; None as long as there were no queries (all elements alike)."""
-        if self._energy_HD is None or not bool(self._energy_HD.any()):
+        """w [H, D], mean 1 over all elements, which are alike where the queries are all 0; None before the first.
+
+        On a GPU the host does not wait.
+        """
+        if self._energy_HD is None:
             return None
         energy = self._energy_HD.clone()
         if layout is not None:
@@ -38,8 +41,8 @@ class QueryEnergy:
             for elements in layout.pairs(energy):
                 elements.copy_((first + second) / 2)
         weights = energy.sqrt()
-        weights /= weights.mean()
-        return weights.clamp_(min=SMALLEST_WEIGHT)
+        mean = weights.mean()
+        return torch.where(mean > 0, weights / mean, 1.0).clamp_(min=SMALLEST_WEIGHT)
 
     def copy(self) -> "QueryEnergy":
         """An independent copy; sums are never changed in place."""

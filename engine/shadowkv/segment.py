@@ -253,6 +253,8 @@ def compress(
     `rotation` holds the cos and sin the keys were rotated with, `rank` None means `config.rank_energy`,
     `key_weights` [H, D] are those of `QueryEnergy`. With `operators` the keys are read by one of them.
     """
+    # First of all: host memory is made and pinned while a GPU still attends to the prompt.
+    values = StoredChunks(values_HnD, config, part="values")
     summary: KeySummary | None = None
     if operators is not None and config.key_store == "low_rank":
         summary = summarize(keys_HnD, rotation, layout, config.chunk_size, operators)
@@ -260,7 +262,6 @@ def compress(
     else:
         landmarks, min_cosine = summarize_chunks(keys_HnD, config.chunk_size)
     exact_chunks = choose_exact_chunks(min_cosine, num_sink_chunks, num_outlier_chunks)
-    values = StoredChunks(values_HnD, config, part="values")
     keys: KeySource
     energy_kept = 1.0
     if config.key_store == "exact":
