@@ -39,7 +39,9 @@ class BuildCuda(build_ext):
     """Compiles all sources with nvcc, side by side, and links them."""
 
     def build_extension(self, extension: Extension) -> None:
-        nvcc: dict[str, Any] = runpy.run_path(str(ROOT / "engine" / "ops" / "nvcc.py"))
+        # A source distribution has no top-level engine/, and a checkout without links no other.
+        found = next(path for path in (ROOT / "engine", ROOT / "src" / "longshadow" / "engine") if path.is_dir())
+        nvcc: dict[str, Any] = runpy.run_path(str(found / "ops" / "nvcc.py"))
         reason = nvcc["why_not"]()
         if reason is not None:
             raise SystemExit(f"error: {EXTENSION} cannot be built: {reason}")

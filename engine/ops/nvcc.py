@@ -10,7 +10,9 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-SOURCES = Path(__file__).resolve().parents[2] / "csrc"
+# Beside the top-level engine/ of a checkout; a source distribution has engine/ in src/longshadow/ only.
+_FOLDERS = [Path(__file__).resolve().parents[levels] / "csrc" for levels in (2, 4)]
+SOURCES = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0])
 # As nvcc names them: 8.6 and 8.9 run the code for 8.0, and what is newer compiles the last one's PTX.
 ARCHITECTURES = ("80", "90", "100+PTX")
 # torch's stable ABI as of 2.11: one build serves that version and later ones.
@@ -39,7 +41,7 @@ def find_nvcc() -> Path | None:
 def why_not() -> str | None:
     """Why nothing can be compiled here, None where it can."""
     if not SOURCES.is_dir():
-        return "the CUDA sources are in a checkout only"
+        return "the CUDA sources are in a checkout or a source distribution only"
     if _torch_folder() is None:
         return "torch, whose headers are needed, is not installed"
     if find_nvcc() is None:

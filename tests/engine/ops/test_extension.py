@@ -98,7 +98,7 @@ def test_without_nvcc_the_reason_is_given(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(nvcc, "DEFAULT_HOME", tmp_path)
     assert str(nvcc.why_not()).startswith("there is no nvcc")
     monkeypatch.setattr(nvcc, "SOURCES", tmp_path / "csrc")
-    assert nvcc.why_not() == "the CUDA sources are in a checkout only"
+    assert nvcc.why_not() == "the CUDA sources are in a checkout or a source distribution only"
 
 
 def test_reading_the_commands_needs_the_standard_library_only(monkeypatch: pytest.MonkeyPatch) -> None:
