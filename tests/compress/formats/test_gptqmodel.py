@@ -1,16 +1,20 @@
 """Weights of models that gptqmodel quantised, in the layers of each of its kernels that a CPU can run."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
+from longshadow.cli import app
 from longshadow.compress.formats import weight_of
-from tests.compress.formats.conftest import VOCABULARY
-from tests.tiny_models import tiny_tokenizer
+from tests.compress.formats.conftest import RANK, VOCABULARY
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with one, its default on two cores, it refuses to start
 gptqmodel = pytest.importorskip(
@@ -33,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, model: LlamaForCausalLM) -
     parent = tmp_path_factory.mktemp("models")
     made = {name: parent / name for name in ("original", "GPTQ", "AWQ")}
     model.save_pretrained(made["original"])
-    tiny_tokenizer().save_pretrained(made["original"])
+    tokenizer().save_pretrained(made["original"])
     tokens = torch.randint(1, VOCABULARY, (32, 64), generator=torch.Generator().manual_seed(1)).tolist()
     samples = [dict(input_ids=row, attention_mask=[1] * len(row)) for row in tokens]
     with pytest.MonkeyPatch.context() as patch:
@@ -44,6 +48,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory, model: LlamaForCausalLM) -
             quantized.quantize(samples, batch_size=4)
             quantized.save(str(made[name]))
     return made
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each character of ASCII that can be seen."""
+    vocabulary = {"<?>": 0} | {chr(31 + number): number for number in range(1, VOCABULARY)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocabulary, [], unk_token="<?>")), unk_token="<?>")
 
 
 def loaded(folder: Path, kernel: str) -> Any:
@@ -67,3 +77,24 @@ def test_a_model_is_compensated(
 ) -> None:
     method = KERNELS[kernel]
     is_compensated(model, loaded(folders[method], kernel), f"{method} int4 group 32")
+
+
+@pytest.mark.parametrize("method", ["GPTQ", "AWQ"])
+def test_the_commands(folders: dict[str, Path], tmp_path: Path, method: str) -> None:
+    """On a folder, as transformers loads it; what gptqmodel prints does not get between the results."""
+    sizes = ["--rank", str(RANK), "--sequence-length", "64", "--num-samples", "9"]
+    original, adapter = str(folders["original"]), str(tmp_path / "adapter")
+    report = told("compensate", original, "--quantized", str(folders[method]), "--output", adapter, *sizes)
+    assert len(report["layers"]) == 2 * 7
+    assert 0 < report["report"]["compensated"]["divergence"] < report["report"]["quantized"]["divergence"]
+    layers = told("adapter", "inspect", str(folders[method]), "--original", original)["layers"]
+    assert {layer["format"] for layer in layers.values()} == {f"{method} int4 group 32"}
+    # Scales that AWQ folded into norms are taken back; else all of a weight would be residual.
+    assert any(layer["scaled"] for layer in layers.values()) is (method == "AWQ")
+    assert all(0.03 < layer["residual"] < 0.2 for layer in layers.values())
+
+
+def told(*arguments: str) -> Any:
+    result = CliRunner().invoke(app, [*arguments, "--device", "cpu", "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
