@@ -136,7 +136,7 @@ class Accounting:
         return Bytes(host=num_bytes) if self.config.value_store == "host" else Bytes(device=num_bytes)
 
     def num_exact_chunks(self, num_tokens: int, first: int) -> int:
-        """Sink and outlier chunks per head of a segment; `first`: tokens of the one its sequence begins with, if another."""
+        """Sink and outlier chunks per head of a segment; `first`: tokens of the first one, 0 if this is it."""
         config = self.config
         num_sink, num_outlier = config.num_sink_chunks, config.num_outlier_chunks
         if first:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longshadow.adapter_cli import adapter_app
+from longshadow.batch_cli import check_ways, run_files
 from longshadow.cli_common import INTERRUPTED, DType, log_to_stderr, torch_dtype, user_errors
 from longshadow.compensate_cli import compensate
 from longshadow.plan_cli import plan
@@ -38,7 +39,17 @@ def _root() -> None:
 @app.command()
 def generate(
     model: Annotated[str, typer.Option(help="Hub id, folder, FILE.gguf, or `demo` (SmolLM2-135M-Instruct).")],
-    prompt_file: Annotated[str, typer.Option(help="UTF-8 text to read; - for standard input.")],
+    prompt_file: Annotated[str | None, typer.Option(help="UTF-8 text to read; - for standard input.")] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            help="Many prompts instead: JSON lines with `prompt` or `messages`, and sampling parameters of their own.",
+        ),
+    ] = None,
+    output_file: Annotated[
+        Path | None, typer.Option("--output", help="Results, in JSON lines; a run that was stopped goes on.")
+    ] = None,
     question: Annotated[str | None, typer.Option(help="A question about the text.")] = None,
     adapter: Annotated[
         Path | None, typer.Option(help="Folder of a LoRA adapter to add, such as a compensation.")
@@ -67,13 +78,14 @@ def generate(
     dtype: Annotated[DType | None, typer.Option(help="Default: float32 on a CPU, as stored on a GPU.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Answer a question about a long text with a ShadowKV cache, and tell what it took."""
+    """Answer a question about a long text with a ShadowKV cache, and tell what it took; or answer a file of prompts."""
     with user_errors(debug):
         log_to_stderr()
         budget_tokens, budget_fraction = parse_budget(budget)
         fixed_rank = parse_rank(rank)
+        check_ways(prompt_file, input_file, output_file, {"--question": question is not None, "--compare": compare})
 
-        document = read_document(prompt_file)
+        document = None if prompt_file is None else read_document(prompt_file)
 
         from longshadow import ShadowKVConfig
         from longshadow.compress.adapters.installing import with_adapter
@@ -89,6 +101,26 @@ def generate(
             rank=fixed_rank,
             rank_energy=AUTO_RANK_ENERGY if rank == "auto" else None,
         )
+        if input_file is not None and output_file is not None:
+            batch_sampling = {
+                "max_tokens": max_new_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "seed": seed,
+            }
+            run_files(
+                input_file,
+                output_file,
+                model=model,
+                adapter=adapter,
+                shadowkv=shadow,
+                sampling=batch_sampling,
+                device=device,
+                dtype=torch_dtype(dtype),
+                json_output=json_output,
+            )
+            return
+        assert document is not None
         lora = None if adapter is None else read_adapter(adapter)
         loaded = load_model(model, dtype=torch_dtype(dtype), device=device)
         if lora is not None:

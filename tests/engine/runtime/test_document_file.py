@@ -1,3 +1,4 @@
+import contextlib
 import json
 import resource
 import struct
@@ -209,12 +210,9 @@ def test_any_damage_is_an_error_and_leaks_nothing(llm: LLM, path: Path, data: st
     path_of_broken = path.with_name("broken")
     path_of_broken.write_bytes(broken if cut else broken + whole[place + 1 :])
     before = llm.statistics()
-    try:
-        loaded = llm.load_document(path_of_broken)
-    except DocumentError as error:
-        assert "\n" not in str(error)
-    else:
-        llm.remove_document(loaded)  # a byte of its name or id
+    # What can change unseen is a byte of the document's name or id.
+    with contextlib.suppress(DocumentError):
+        llm.remove_document(llm.load_document(path_of_broken))
     assert llm.statistics().device_bytes == before.device_bytes
     assert llm.statistics().host_bytes == before.host_bytes
 
