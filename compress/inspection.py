@@ -1,7 +1,7 @@
 """A quantised model beside its original, before anything is calibrated: formats, residuals, their spectra, and what a
 compensation would take."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,8 +63,12 @@ class Inspection:
 
 
 @torch.no_grad()
-def inspect_quantized(original: str, quantized: str, *, device: str | None = None) -> Inspection:
+def inspect_quantized(
+    original: str, quantized: str, *, device: str | None = None, on_block: Callable[[int, int], None] | None = None
+) -> Inspection:
     """The weights alone are looked at; where activations live, a rank captures more.
+
+    `on_block` is called with the number of finished blocks and of all.
 
     Raises ValueError for models that cannot be loaded or do not match.
     """
@@ -74,7 +78,7 @@ def inspect_quantized(original: str, quantized: str, *, device: str | None = Non
     stages = stages_of(first, second, head=False)
     hidden = first_inputs(second, torch.arange(NUM_TOKENS, device=second.device).unsqueeze(0))
     found = {}
-    for stage in stages:
+    for done, stage in enumerate(stages, 1):
         weights = block_weights(stage.original, stage.quantized, hidden, stage.name)
         for name, whole in stage.names.items():
             weight, residual = weights.original[name], weights.original[name] - weights.quantized[name]
@@ -84,6 +88,8 @@ def inspect_quantized(original: str, quantized: str, *, device: str | None = Non
                 residual=float(residual.norm() / weight.norm().clamp(min=1e-30)),
                 captured=captured(residual),
             )
+        if on_block is not None:
+            on_block(done, len(stages))
     return Inspection(layers=found, left_out=left_out(first, second), plans=dict(zip(options, plans, strict=True)))
 
 

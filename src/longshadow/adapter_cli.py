@@ -45,8 +45,10 @@ def inspect(
     with user_errors(debug):
         if original is not None:
             from longshadow.compress.inspection import inspect_quantized, print_inspection
+            from longshadow.display import LayerBar
 
-            inspection = inspect_quantized(original, str(adapter), device=device)
+            with LayerBar("inspecting") as bar:
+                inspection = inspect_quantized(original, str(adapter), device=device, on_block=bar.update)
             if json_output:
                 print(json.dumps(inspection.to_dict()))
             else:

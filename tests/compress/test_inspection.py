@@ -22,9 +22,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_folder(folder / "original"), folder / "quantized"
 
 
-def inspect(original: Path, quantized: Path, *options: str) -> Result:
+def inspect(original: Path, quantized: Path, *options: str, env: dict[str, str] | None = None) -> Result:
     command = ["adapter", "inspect", str(quantized), "--original", str(original), "--device", "cpu"]
-    return CliRunner().invoke(app, [*command, *options])
+    return CliRunner(env=env).invoke(app, [*command, *options])
 
 
 def test_residuals_and_formats(models: tuple[Path, Path]) -> None:
@@ -57,7 +57,10 @@ def test_what_a_compensation_would_take(models: tuple[Path, Path], tmp_path: Pat
 
 
 def test_the_tables(models: tuple[Path, Path]) -> None:
-    shown = inspect(*models).stdout
+    terminal = {"TTY_COMPATIBLE": "1", "NO_COLOR": "1", "COLUMNS": "100"}
+    result = inspect(*models, env=terminal)
+    assert "inspecting" in result.stderr and "layer 2/2" in result.stderr
+    shown = result.stdout
     assert "down_proj" in shown and "a compensation of rank" in shown and " MB" in shown and " min" in shown
 
 
