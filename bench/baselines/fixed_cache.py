@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import flash_attention_mask
 
-SDPA, FLASH = "longshadow_bench_fixed_sdpa", "longshadow_bench_fixed_flash"
+SDPA, SDPA_FLASH, FLASH = (f"longshadow_bench_fixed_{name}" for name in ("sdpa", "sdpa_flash", "flash"))
 
 
 class FixedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -82,8 +83,10 @@ def random_fixed_cache(
 def implementations(device: torch.device) -> dict[str, str]:
     """Names of the attention implementations that run here, by what readers know them as."""
     found = {"SDPA": SDPA}
-    if device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
-        found["flash-attn"] = FLASH
+    if device.type == "cuda":
+        found["SDPA by flash attention"] = SDPA_FLASH
+        if importlib.util.find_spec("flash_attn") is not None:
+            found["flash-attn"] = FLASH
     return found
 
 
@@ -100,6 +103,11 @@ def _sdpa(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _sdpa_flash(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return _sdpa(*args, **kwargs)
+
+
 def _flash(
     module: nn.Module,
     query: torch.Tensor,
@@ -114,6 +122,6 @@ def _flash(
     return attend(query, key, value, softmax_scale=scaling), None
 
 
-for _name, _function in ((SDPA, _sdpa), (FLASH, _flash)):
+for _name, _function in ((SDPA, _sdpa), (SDPA_FLASH, _sdpa_flash), (FLASH, _flash)):
     AttentionInterface.register(_name, _function)
     AttentionMaskInterface.register(_name, flash_attention_mask)

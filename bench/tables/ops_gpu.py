@@ -182,8 +182,8 @@ TABLE: Table = Table(
     "the first rows are the ceilings, measured in the same run. Times are of one call in one layer, within a CUDA "
     "graph that goes over as many layers as it takes to read 256 MiB, so that no cache holds them; the reference's are "
     "those of ordinary launches. Bytes are those that must be moved, counted once: over the link where values are on "
-    "the host. The share is the time that the ceilings allow (bytes over that of a copy, or of a kernel that reads "
-    "host memory; operations over that of a matrix product) over the time taken. Launches: the time over that of the "
+    "the host. The share is the time that the ceilings allow (bytes over that of a copy, or of reading host "
+    "memory; operations over that of a matrix product) over the time taken. Launches: the time over that of the "
     "smallest kernel of a graph. Dense attention is over as many tokens, gathered beforehand.",
     configs={"cuda": Config()},
     quick=_quick,
