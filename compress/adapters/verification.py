@@ -134,7 +134,7 @@ def _computes(adapter: Adapter, loaded: "LoadedModel") -> Check:
         return Check(name="logits", result="failed", detail=str(error))
     told = (
         f"PEFT's logits in {found.dtype} differ by {found.difference:.1e} of the largest logit from the base's with "
-        f"B A x (at most {found.tolerance:g}); the adapter changes them by {found.effect:.1e}"
+        f"B A x (at most {found.tolerance:.2g}); the adapter changes them by {found.effect:.1e}"
     )
     result: Result = "ok" if found.agrees else "failed"
     if found.agrees and found.effect < NEGLIGIBLE * found.tolerance:

@@ -87,6 +87,7 @@ def test_the_commands(folders: dict[str, Path], tmp_path: Path, method: str) -> 
     report = told("compensate", original, "--quantized", str(folders[method]), "--output", adapter, *sizes)
     assert len(report["layers"]) == 2 * 7
     assert 0 < report["report"]["compensated"]["divergence"] < report["report"]["quantized"]["divergence"]
+    assert told("adapter", "verify", adapter, "--base", str(folders[method]))["passed"]
     layers = told("adapter", "inspect", str(folders[method]), "--original", original)["layers"]
     assert {layer["format"] for layer in layers.values()} == {f"{method} int4 group 32"}
     # Scales that AWQ folded into norms are taken back; else all of a weight would be residual.
