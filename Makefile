@@ -15,7 +15,7 @@ CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cpp csrc/*.h csrc/*.cuh tests/csrc/*
 
 export PYTHON TORCH_INDEX
 
-.PHONY: demo test test-trl-versions test-formats check release-check extension gpu-check set-up clean
+.PHONY: demo test test-trl-versions test-formats check release-check evidence extension gpu-check set-up clean
 
 demo: set-up  ## a question about a long document, with ShadowKV and with full attention
 	$(BIN)/python -m longshadow.demo
@@ -37,6 +37,9 @@ check: set-up  ## lint, format and types
 
 release-check: set-up  ## sdist, wheel, an empty environment, one answer
 	.ci/release-check $(BIN)/python
+
+evidence: set-up  ## every kernel, compiled ahead of time for three architectures; writes docs/kernels.json
+	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m bench.kernels --all
 
 extension:  ## the CUDA kernels, for the torch of PYTHON and with nvcc; in place
 	LONGSHADOW_BUILD_CUDA=1 $(PYTHON) setup.py build_ext --inplace
