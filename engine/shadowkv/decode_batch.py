@@ -89,7 +89,7 @@ class DecodeBatch:
         self._scratch: dict[tuple[Geometry, int], StepScratch] = {}
         self._selects = False
         self._misses: torch.Tensor | None = None  # of the last step, by layer, place and head
-        self._num_misses = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self._num_misses: torch.Tensor | None = None  # of the steps before
         self._num_candidates = 0
         self._misses_are_new = False
 
@@ -156,18 +156,19 @@ class DecodeBatch:
     def add_hits_to(self, counts: StepCounts) -> None:
         """Adds the hits and misses since the last call; this waits for the device."""
         self._add_up_misses()
-        num_misses = int(self._num_misses)
+        num_misses = 0 if self._num_misses is None else int(self._num_misses)
         counts.misses += num_misses
         counts.hits += self._num_candidates - num_misses
-        self._num_misses.zero_()
-        self._num_candidates = 0
+        self._num_misses, self._num_candidates = None, 0
 
     def tensors(self) -> dict[str, list[torch.Tensor]]:
         """What is held in memory, by part."""
         tables = [] if self._tables is None else self._tables.tensors
+        scratch = [tensor for scratch in self._scratch.values() for tensor in scratch.tensors]
+        counts = [tensor for tensor in (self._misses, self._num_misses) if tensor is not None]
         return {
             "resident": [tensor for slots in self._slots for tensor in slots.tensors],
-            "decode step": [*tables, *(tensor for scratch in self._scratch.values() for tensor in scratch.tensors)],
+            "decode step": [*tables, *scratch, *counts],
         }
 
     def _seat(self, columns: list[Column]) -> tuple[list[int | None], list[int]]:
@@ -309,5 +310,6 @@ class DecodeBatch:
     def _add_up_misses(self) -> None:
         """Adds the last step's misses to those before, on the device."""
         if self._misses_are_new and self._misses is not None:
-            self._num_misses += self._misses.sum()
+            added = self._misses.sum()
+            self._num_misses = added if self._num_misses is None else self._num_misses + added
         self._misses_are_new = False

@@ -65,9 +65,14 @@ class StepTables:
         self.step = self._numbers[3, :1]
 
     def assign(self, row: int, sequence_by_layer: Sequence_[tuple[Sequence_[Segment], ExactTokens]]) -> None:
-        """Writes where one sequence lies in every layer. Raises ValueError where operators could not read it."""
+        """Writes where one sequence lies in every layer, its tail with room for a token.
+
+        Raises ValueError where operators could not read it.
+        """
         for table, (segments, tail) in zip(self.layers, sequence_by_layer, strict=True):
-            table.assign(row, segments, (tail.keys, tail.values))
+            # With the token to come: an empty tail would have no address.
+            keys, values = (buffer[:, : tail.num_tokens + 1] for buffer in tail.tensors)
+            table.assign(row, segments, (keys, values))
 
     def clear(self, row: int) -> None:
         """Leaves a place of the batch empty: nothing to select from, nothing to attend to."""

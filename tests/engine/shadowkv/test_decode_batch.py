@@ -55,6 +55,7 @@ def compare(setting: Setting, batch: DecodeBatch, prompts: list[list[int]], num_
         ({}, dict(num_groups=7, key_dim=64, layout=RotaryLayout(style="interleaved", rotary_dim=24))),
         (dict(center_keys=False), dict(value_dim=80, num_kv_heads=1, softcap=3.0, has_sinks=True)),
         (dict(num_sink_chunks=0, num_outlier_chunks=0), {}),
+        (dict(chunk_size=1, local_tokens=1), {}),  # a tail is compressed to nothing
     ],
 )
 def test_together_as_one_by_one(options: dict[str, Any], shapes: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from longshadow.engine.shadowkv import ShadowKVCache, ShadowKVConfig
 from longshadow.engine.shadowkv.graphs import DecodeGraphs, graphed_decoding, why_not
 from longshadow.env import BACKEND_VARIABLE
 from tests.engine.shadowkv.families import tiny_model
-from tests.engine.shadowkv.test_cache import COMPRESSING, EVERYTHING, generate, prompt
+from tests.engine.shadowkv.test_cache import COMPRESSING, EVERYTHING, all_tensors, generate, prompt
 
 SEGMENTS = dict(COMPRESSING, segment_tokens=64)
 
@@ -124,6 +124,28 @@ def test_turns_and_beams_equal_the_stock_caches(llama: Any, operated: None) -> N
         with ShadowKVCache.for_model(llama, config) as cache, graphed_decoding(llama, cache):
             ids = generate(llama, prompt(130, batch=2), cache, **beams)
             assert torch.equal(ids, expected)
+
+
+def test_memory_is_the_sum_of_the_tensors_bytes(llama: Any, operated: None) -> None:
+    with ShadowKVCache.for_model(llama, ShadowKVConfig(**COMPRESSING)) as cache, torch.no_grad():
+        llama(prompt(130, batch=2), past_key_values=cache)
+        decode(llama, cache, 3)
+        held = [*(layer.sequences for layer in cache.layers), vars(cache.state.positions), vars(cache.state.batch)]
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in all_tensors(held, set())
+        }
+    assert cache.memory().total_bytes == sum(storage.nbytes() for storage in storages.values())
+
+
+def test_kernels_decode_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", head_dim=32)
+    logits = []
+    for backend in ("auto", "triton"):
+        monkeypatch.setenv(BACKEND_VARIABLE, backend)
+        with ShadowKVCache.for_model(model, ShadowKVConfig(**COMPRESSING)) as cache, torch.no_grad():
+            model(prompt(90, batch=2), past_key_values=cache)
+            logits.append(decode(model, cache, 2))
+    assert close(logits[1], logits[0])
 
 
 def test_reset_and_short_prompts(llama: Any, operated: None) -> None:
