@@ -19,6 +19,7 @@ from bench import ops
 from bench.ceilings import Ceilings, CeilingSizes, ceilings_of, measure_ceilings
 from bench.cuda_graphs import captured, time_on_device
 from bench.ops.case import Case, Work
+from bench.ops.top_chunks import TopChunks
 from bench.record import Check, Row
 from bench.session import Session
 from bench.table import Column, Outcome, Table, Target
@@ -27,6 +28,7 @@ from longshadow.engine.ops import operators as choose_operators
 from longshadow.engine.ops.backend import BACKENDS, REFERENCE, why_not
 
 SDPA, FLASH = "torch's SDPA over the same tokens", "flash-attn over the same tokens"
+TOPK = "torch.topk, in no order"
 ATTENTION = "sparse_attention"
 
 
@@ -109,6 +111,10 @@ def measure(
     over_link = bool(getattr(case, "on_host", False))
     num_bytes, flops = work.num_bytes // work.num_layers, work.flops // work.num_layers
     num_layers = work.num_layers
+    if isinstance(work, TopChunks):
+        timings[TOPK] = time_on_device(
+            captured(work.run_topk, session.device), session.device, repeats=config.repeats, calls=num_layers
+        )
     del work, run
     if name == ATTENTION:
         timings |= dense_attention(case, num_layers, config, session)

@@ -56,6 +56,7 @@ def test_ops_gpu(ops_config):
     assert by_operator.keys() - {"ceiling"} == ops_gpu.operator_modules().keys()
     assert len(by_operator["ceiling"]) == 5
     assert [row.get("method") for row in by_operator["sparse_attention"]] == ["reference", ops_gpu.SDPA]
+    assert [row.get("method") for row in by_operator["top_chunks"]] == ["reference", ops_gpu.TOPK]
     for row in outcome.rows:
         if row["operator"] != "ceiling":
             assert row["share"] > 0 and row["launches"] > 0 and row["bytes"] > 0
