@@ -3,13 +3,17 @@
 Without a GPU nothing is captured; everything else is as under a graph.
 """
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicCache
 
+from longshadow.engine.ops import Operators
 from longshadow.engine.shadowkv import ShadowKVCache, ShadowKVConfig
+from longshadow.engine.shadowkv.decode_batch import DecodeBatch
 from longshadow.engine.shadowkv.graphs import DecodeGraphs, graphed_decoding, why_not
 from longshadow.env import BACKEND_VARIABLE
 from tests.engine.shadowkv.families import tiny_model
@@ -197,3 +201,63 @@ def test_backends_of_the_environment(llama: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv(BACKEND_VARIABLE, "triton")
     with pytest.raises(ValueError, match=r"head_dim must be one of 32, .*the model has 16"):
         ShadowKVCache.for_model(llama)
+
+
+# Arguments that the step itself makes, in memory of the graph: queries, keys, values, results.
+OUT = 8
+MADE_WITHIN = {
+    "append_tokens": (0, 1),
+    "score_tokens": (0, 1),
+    "sparse_attention": (0, OUT),
+    **dict.fromkeys(("top_chunks", "plan_chunks", "rebuild_keys", "fetch_values"), ()),
+}
+
+
+class LaunchesOnly(TorchDispatchMode):
+    """Refuses what no CUDA graph can hold: reading numbers from the device, and bringing numbers to it."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "lift_fresh", "_unique2")
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        assert function.overloadpacket.__name__ not in self.REFUSED, f"{function} within a step"
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "phi", "phi3", "glm4", "olmo2", "granite"])
+@pytest.mark.parametrize("candidate_factor", [1, 3])
+def test_a_step_launches_the_same_operators_on_the_same_memory(
+    family: str, candidate_factor: float, operated: None
+) -> None:
+    """As capturing it requires: nothing of the step depends on the tokens, their number, or where tails lie."""
+    model = tiny_model(family)
+    launches: list[tuple[Any, ...]] = []
+
+    def recorder(name: str) -> Any:
+        def launch(*arguments: Any) -> None:
+            kept = (x for index, x in enumerate(arguments) if index not in MADE_WITHIN.get(name, (0,)))
+            launches.append((name, *(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in kept)))
+            if name == "sparse_attention":
+                arguments[OUT].zero_()
+
+        return launch
+
+    config = ShadowKVConfig(**COMPRESSING, candidate_factor=candidate_factor, resident_factor=1)
+    recorders = Operators(**{part.name: recorder(part.name) for part in fields(Operators)})
+    steps = []
+    with ShadowKVCache.for_model(model, config) as cache, torch.no_grad():
+        model(prompt(130, batch=2), past_key_values=cache)
+        cache.state.batch = DecodeBatch(recorders, config, model.device)
+        tail, buffer = cache.layers[0].sequences[0].tail, cache.layers[0].sequences[0].tail.tensors[0]
+        for step in range(70):
+            ids = prompt(1, batch=2, seed=step)
+            positions = torch.full((2, 1), 130 + step)
+            assert cache.state.begin_ahead(positions)
+            launches.clear()
+            with LaunchesOnly():
+                model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+            cache.state.end_ahead()
+            steps.append((cache.state.batch.signature, list(launches)))
+        assert tail.tensors[0] is not buffer, "long enough that tails move"
+    assert len({signature for signature, _ in steps}) == 1
+    assert all(launched == steps[0][1] for _, launched in steps)
+    assert len(steps[0][1]) == 2 * (7 if candidate_factor == 1 else 9)
