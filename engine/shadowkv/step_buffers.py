@@ -31,7 +31,7 @@ class Capacity:
         return all(held >= getattr(needed, name) for name, held in vars(self).items())
 
     def grown_to(self, needed: "Capacity") -> "Capacity":
-        """Room for `needed`: where there is too little, for an eighth more, and for twice the segments."""
+        """Room for `needed`: where there is too little, for a few per cent more, and for twice the segments."""
         wanted = {name: _rounded(count, 8) for name, count in vars(needed).items()}
         wanted["num_chunks"] = _rounded(needed.num_chunks, 64)
         wanted["num_segments"] = max(1, 2 * needed.num_segments)
@@ -44,8 +44,8 @@ class Capacity:
 
 
 def _rounded(count: int, unit: int) -> int:
-    """An eighth more than `count`, at least 1, as a multiple of `unit`."""
-    return max(unit, -(-(count + count // 8) // unit) * unit)
+    """A multiple of `unit`, at least one, some 3 % above `count`: slots are a large part of a sequence's memory."""
+    return max(unit, -(-(count + count // 32) // unit) * unit)
 
 
 @dataclass(frozen=True, kw_only=True)

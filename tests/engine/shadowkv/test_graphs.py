@@ -3,6 +3,7 @@
 Without a GPU nothing is captured; everything else is as under a graph.
 """
 
+import logging
 from dataclasses import fields
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicCache
 
-from longshadow.engine.ops import Operators
+from longshadow.engine.ops import Operators, SegmentTable
 from longshadow.engine.shadowkv import ShadowKVCache, ShadowKVConfig
+from longshadow.engine.shadowkv import layer as layer_module
 from longshadow.engine.shadowkv.decode_batch import DecodeBatch
 from longshadow.engine.shadowkv.graphs import DecodeGraphs, graphed_decoding, why_not
 from longshadow.env import BACKEND_VARIABLE
@@ -189,6 +191,34 @@ def test_why_a_step_is_an_ordinary_one(llama: Any, operated: None, monkeypatch: 
     )
     with ShadowKVCache.for_model(scaled, ShadowKVConfig()) as cache:
         assert "dynamic RoPE" in str(why_not(scaled, cache))
+
+
+def test_storage_that_operators_cannot_read_is_decoded_one_by_one(
+    llama: Any, operated: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the segment on that they cannot read, with one notice and as without operators."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(layer_module.logger, "propagate", True)
+    assign = SegmentTable.assign
+
+    def refusing(self: Any, index: int, segments: Any, tail: Any = None) -> None:
+        if len(segments) > 1:
+            raise ValueError("values must be pinned")
+        assign(self, index, segments, tail)
+
+    monkeypatch.setattr(SegmentTable, "assign", refusing)
+    logits = []
+    for backend in ("reference", "auto"):
+        monkeypatch.setenv(BACKEND_VARIABLE, backend)
+        with ShadowKVCache.for_model(llama, ShadowKVConfig(**SEGMENTS)) as cache, torch.no_grad():
+            llama(prompt(140, batch=2), past_key_values=cache)
+            llama(prompt(56, batch=2, seed=50), past_key_values=cache)
+            graphs = DecodeGraphs(llama, cache)
+            logits.append(torch.cat([graphs.step(prompt(1, batch=2, seed=step)).clone() for step in range(8)], 1))
+            assert cache.state.batch is None
+            assert [len(sequence.segments) for sequence in cache.layers[1].sequences] == [2, 2]
+    assert close(logits[0], logits[1])
+    assert caplog.text.count("one by one: values must be pinned") == 1
 
 
 def test_backends_of_the_environment(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
