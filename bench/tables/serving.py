@@ -394,6 +394,7 @@ TABLE: Table = Table(
         longest=400,
         random_tokens=8,
         checked_contexts=(1024,),
+        threads=1,
     ),
     columns=(
         Column(key="part", heading="part"),
@@ -406,6 +407,7 @@ TABLE: Table = Table(
         Column(key="decode_tokens_per_s", heading="decoding tokens/s", digits=1),
         Column(key="decode_speedup", heading="× decoding", unit="x", speedup=True),
         Column(key="found", heading="found"),
+        Column(key="beyond_prompt", heading="more than in the prompt", unit="count"),
         Column(key="diverged", heading="answers that differ"),
         Column(key="of", heading="of"),
         Column(key="worst_wait", heading="longest wait", unit="s"),
