@@ -221,7 +221,7 @@ class Engine:
     def _step(self) -> None:
         with self._lock:
             self._drop_cancelled()
-            plan = self.scheduler.plan(self._admitted)
+            plan = self.scheduler.plan(self._admitted, self._may_start)
             chunks = [self._chunk(job, count) for job, count in plan]
             decoding = [
                 completion
@@ -273,6 +273,13 @@ class Engine:
             if self.prefixes is not None:
                 self._use_prefix(job, self.prefixes)
         self._cached_tokens += job.num_cached_tokens
+
+    def _may_start(self, job: Job) -> bool:
+        """Not while a prompt is read whose head, once it is kept, saves this one more than any that is kept now."""
+        if self.prefixes is None or not isinstance(job, Request) or job.document is not None:
+            return True
+        read = [other for other in self.scheduler.reading if isinstance(other, Request) and other.keeps_head]
+        return not self.prefixes.would_gain(job.prompt, [other.prompt for other in read])
 
     def _use_prefix(self, job: Request, prefixes: PrefixCache) -> None:
         assert job.state is not None

@@ -8,6 +8,7 @@ Legend: H KV heads, n tokens, D head_dim.
 
 from collections import OrderedDict
 from collections.abc import Callable
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 
 import torch
@@ -53,18 +54,29 @@ class PrefixCache:
 
     def match(self, prompt: list[int]) -> tuple[Head, int] | None:
         """The head that begins like `prompt` for the longest, and for how many tokens; fewer than the prompt's."""
-        wanted = torch.tensor(prompt)
-        best, best_length = None, 0
-        for key, head in self._heads.items():
-            length = _common_length(head.tokens, wanted[:-1])
-            if length > best_length:
-                best, best_length = key, length
+        best, length = self._longest(torch.tensor(prompt[:-1]))
         self.num_queries += 1
         if best is None:
             return None
         self.num_hits += 1
         self._heads.move_to_end(best)
-        return self._heads[best], best_length
+        return self._heads[best], length
+
+    def _longest(self, wanted: torch.Tensor) -> tuple[int | None, int]:
+        best, best_length = None, 0
+        for key, head in self._heads.items():
+            length = _common_length(head.tokens, wanted)
+            if length > best_length:
+                best, best_length = key, length
+        return best, best_length
+
+    def would_gain(self, prompt: list[int], coming: Sequence_[list[int]]) -> bool:
+        """Whether one of the `coming` heads shares more with `prompt` than those that are here."""
+        if not coming:
+            return False
+        wanted = torch.tensor(prompt[:-1])
+        _, length = self._longest(wanted)
+        return any(_common_length(torch.tensor(other), wanted) > length for other in coming)
 
     def size(self, num_tokens: int, token_bytes: int, energy_bytes: int) -> Bytes:
         """What the head of a prompt of so many tokens takes."""

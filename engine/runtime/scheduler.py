@@ -61,10 +61,13 @@ class Scheduler:
             raise QueueFull(f"{len(self.waiting)} requests are waiting already, the most that may; try again later")
         self.waiting.append(job)
 
-    def plan(self, admitted: Callable[[Job], None]) -> list[tuple[Job, int]]:
+    def plan(
+        self, admitted: Callable[[Job], None], may_start: Callable[[Job], bool] = lambda job: True
+    ) -> list[tuple[Job, int]]:
         """Jobs and how many tokens of each this step reads; admits waiting jobs while tokens are left.
 
-        `admitted` is called for each new job after its memory was reserved; it may set `num_read`.
+        `admitted` is called for each new job after its memory was reserved; it may set `num_read`. A job that
+        `may_start` refuses, until one that is being read has been, waits for a later step.
         """
         chunks, left = [], self._max_prefill_tokens
         for job in self.reading:
@@ -72,6 +75,8 @@ class Scheduler:
                 chunks.append((job, count))
                 left -= count
         while left >= CHUNK_MULTIPLE and self.waiting and self._can_admit(self.waiting[0]):
+            if not may_start(self.waiting[0]):
+                break
             job = self.waiting.popleft()
             self._admit(job)
             admitted(job)

@@ -130,6 +130,17 @@ def test_hybrid_models_and_the_prefix_cache(family: str) -> None:
     assert answers[0] == answers[1]
 
 
+def test_prompts_that_come_together_share_their_head(llm: LLM) -> None:
+    """Those behind wait until the first has been read."""
+    head = text(500, seed=77)
+    prompts = [head + end for end in ("one", "two and more", "three")]
+    outputs = llm.generate(prompts, GREEDY)
+    assert [output.num_cached_tokens for output in outputs] == [0, 448, 448]
+    with engine(prefix_cache=False) as alone:
+        assert [tokens_of(output) for output in outputs] == [tokens_of(*alone.generate(p, GREEDY)) for p in prompts]
+    assert_nothing_is_left(llm)
+
+
 def test_completions_of_one_prompt_share_it_and_differ(llm: LLM) -> None:
     params = SamplingParams(n=3, seed=4, max_tokens=8)
     [output] = llm.generate(text(150), params)
