@@ -5,15 +5,16 @@ Other threads only put jobs into it, mark them as cancelled, and hold documents;
 
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 
 import torch
 
 from longshadow.engine.runtime.accounting import Accounting
 from longshadow.engine.runtime.batch import Chunk
-from longshadow.engine.runtime.documents import Document, new_document_id
+from longshadow.engine.runtime.counters import Counters
+from longshadow.engine.runtime.documents import Document
 from longshadow.engine.runtime.errors import EngineClosed, RequestTooLong
+from longshadow.engine.runtime.holdings import Holdings
 from longshadow.engine.runtime.memory import Bytes, MemoryBudget
 from longshadow.engine.runtime.outputs import EngineStatistics
 from longshadow.engine.runtime.prefixes import PrefixCache, head_of, resume
@@ -22,8 +23,6 @@ from longshadow.engine.runtime.runner import ModelRunner
 from longshadow.engine.runtime.sampling import choose_tokens
 from longshadow.engine.runtime.scheduler import Job, Scheduler
 from longshadow.engine.runtime.state import BLOCK_TOKENS
-
-RATE_SECONDS = 10.0
 
 
 class Engine:
@@ -43,28 +42,19 @@ class Engine:
     ) -> None:
         """`fixed`: what the engine itself takes. Raises ValueError when that does not fit."""
         self.runner, self.accounting, self.budget = runner, accounting, budget
-        if not budget.fits(fixed):
-            raise ValueError(
-                f"device_memory leaves {budget.device_limit:,} bytes, but a step alone needs {fixed.device:,}; "
-                "give more, or a smaller max_prefill_tokens or max_model_len"
-            )
-        budget.reserve(fixed)
-        self._held = fixed  # what no request gives back: the engine's own part and documents
-        self.prefixes = prefixes
+        self.holdings = Holdings(budget, fixed, prefixes)
         self.scheduler = Scheduler(
             budget,
             max_num_seqs=max_num_seqs,
             max_prefill_tokens=max_prefill_tokens,
             max_num_waiting=max_num_waiting,
-            evict=self._evict,
+            evict=self.holdings.evict,
         )
-        self.documents: dict[str, Document] = {}
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
         self._requests: dict[str, Request] = {}
         self._closed: EngineClosed | None = None
-        self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
-        self._rate: deque[tuple[float, int]] = deque()
+        self._counters = Counters()
         self._thread = threading.Thread(target=self._run, name="longshadow-engine", daemon=True)
         self._thread.start()
 
@@ -86,8 +76,8 @@ class Engine:
             self._wake.notify_all()
 
     def _check_size(self, job: Job) -> None:
-        need, left = job.need.prefill, self.budget.limits - self._held
-        if not self.budget.could_fit(need, beside=self._held):
+        need, left = job.need.prefill, self.budget.limits - self.holdings.held
+        if not self.budget.could_fit(need, beside=self.holdings.held):
             raise RequestTooLong(
                 f"{job.num_prompt:,} tokens and their answers need {need.device:,} bytes of device and {need.host:,} "
                 f"of host memory, beside the engine's documents there are {left.device:,} and {left.host:,}"
@@ -113,13 +103,7 @@ class Engine:
         """Takes memory for a document from elsewhere. Raises RequestTooLong when there is not enough now."""
         with self._lock:
             self._check_open()
-            while not self.budget.fits(need):
-                if not self._evict():
-                    raise RequestTooLong(
-                        f"the document needs {need.device:,} bytes of device and {need.host:,} of host memory, more "
-                        "than there are now"
-                    )
-            self.budget.reserve(need)
+            self.holdings.reserve(need)
 
     def release(self, reserved: Bytes) -> None:
         """Gives back what `reserve` took."""
@@ -131,28 +115,14 @@ class Engine:
         """Takes up a document from elsewhere, whose memory is reserved; its id changes when it is taken."""
         with self._lock:
             self._check_open()
-            self._hold(document)
-
-    def _hold(self, document: Document) -> None:
-        while document.id in self.documents:
-            document.id = new_document_id()
-        self._held += document.reserved
-        self.documents[document.id] = document
-        self._refuse_impossible()
+            self.holdings.hold(document)
+            self._refuse_impossible()
 
     def remove(self, document: Document) -> None:
         """Forgets a document; its memory is given back when no request shares it."""
         with self._lock:
-            if self.documents.pop(document.id, None) is document:
-                document.is_removed = True
-                self._give_back(document)
+            if self.holdings.remove(document):
                 self._wake.notify_all()
-
-    def _give_back(self, document: Document) -> None:
-        if document.is_removed and document.num_users == 0:
-            self.budget.release(document.reserved)
-            self._held -= document.reserved
-            document.reserved = Bytes()
 
     def _refuse_impossible(self) -> None:
         """Documents take memory for good: what waits for more than is left would wait forever."""
@@ -181,12 +151,6 @@ class Engine:
         if self._closed is not None:
             raise EngineClosed(str(self._closed))
 
-    def _evict(self) -> bool:
-        if self.prefixes is None or not len(self.prefixes):
-            return False
-        self.budget.release(self.prefixes.evict())
-        return True
-
     def _run(self) -> None:
         try:
             with torch.inference_mode():
@@ -201,7 +165,7 @@ class Engine:
             for job in self._open_jobs():
                 self._leave(job)
                 job.sink(self._closed)
-            while self._evict():
+            while self.holdings.evict():
                 pass
             self._wake.notify_all()
         self.runner.close()
@@ -238,7 +202,7 @@ class Engine:
         read = self.runner.read(chunks) if chunks else None
         decoded = self._decode(decoding)
         with self._lock:
-            self._note_progress(plan, len(decoding))
+            self._counters.note_step(plan, len(decoding))
             changed = self._take_tokens(decoding, decoded)
             if read is not None:
                 changed |= self._take_read(plan, chunks, read)
@@ -270,22 +234,23 @@ class Engine:
             job.num_cached_tokens = job.document.num_tokens
         else:
             job.state = self.runner.new_state(job.max_tokens, blocked_energy=True)
-            if self.prefixes is not None:
-                self._use_prefix(job, self.prefixes)
-        self._cached_tokens += job.num_cached_tokens
+            if self.holdings.prefixes is not None:
+                self._use_prefix(job, self.holdings.prefixes)
+        self._counters.num_cached += job.num_cached_tokens
 
     def _may_start(self, job: Job) -> bool:
         """Not while a prompt is read whose head, once it is kept, saves this one more than any that is kept now."""
-        if self.prefixes is None or not isinstance(job, Request) or job.document is not None:
+        prefixes = self.holdings.prefixes
+        if prefixes is None or not isinstance(job, Request) or job.document is not None:
             return True
         read = [other for other in self.scheduler.reading if isinstance(other, Request) and other.keeps_head]
-        return not self.prefixes.would_gain(job.prompt, [other.prompt for other in read])
+        return not prefixes.would_gain(job.prompt, [other.prompt for other in read])
 
     def _use_prefix(self, job: Request, prefixes: PrefixCache) -> None:
         assert job.state is not None
         job.keeps_head = (
             job.num_prompt >= BLOCK_TOKENS
-            and prefixes.admits(self._head_bytes(job.num_prompt))
+            and prefixes.admits(self._head_bytes(prefixes, job.num_prompt))
             and not prefixes.covers(job.prompt)
         )
         match = prefixes.match(job.prompt)
@@ -294,9 +259,8 @@ class Engine:
             resume(job.state, head, num_tokens, job.num_prompt, self.runner.device)
             job.num_read = job.num_cached_tokens = num_tokens
 
-    def _head_bytes(self, num_prompt: int) -> Bytes:
-        assert self.prefixes is not None
-        return self.prefixes.size(num_prompt, self.accounting.token_bytes, self.accounting.energy_bytes)
+    def _head_bytes(self, prefixes: PrefixCache, num_prompt: int) -> Bytes:
+        return prefixes.size(num_prompt, self.accounting.token_bytes, self.accounting.energy_bytes)
 
     def _chunk(self, job: Job, count: int) -> Chunk:
         assert isinstance(job, Request | Reading) and job.state is not None
@@ -326,7 +290,7 @@ class Engine:
     def _accept(self, request: Request, completion: Completion, token: int, logits_V: torch.Tensor) -> None:
         now = time.monotonic()
         completion.accept(token, logits_V)
-        self._generated_tokens += 1
+        self._counters.num_generated += 1
         request.first_token = request.first_token or now
         if completion.finish_reason is not None:
             if request.is_finished:
@@ -358,13 +322,13 @@ class Engine:
 
     def _keep_head(self, job: Request, chunk: Chunk) -> None:
         """Ends a prompt's reading and offers its exact tokens to later prompts, if there is memory for them."""
-        size = self._head_bytes(job.num_prompt) if job.keeps_head else Bytes()
-        head = head_of(chunk, job.prompt, size) if job.keeps_head else None
+        head = None
+        if job.keeps_head and self.holdings.prefixes is not None:
+            head = head_of(chunk, job.prompt, self._head_bytes(self.holdings.prefixes, job.num_prompt))
         chunk.state.forget_blocks()
         self.scheduler.finish_reading(job)
-        if head is not None and self.prefixes is not None and self.budget.fits(size):
-            self.budget.reserve(size)
-            self.budget.release(self.prefixes.put(head))
+        if head is not None:
+            self.holdings.keep(head)
 
     def _start_decoding(self, job: Request, logits_V: torch.Tensor) -> None:
         assert job.state is not None
@@ -384,16 +348,9 @@ class Engine:
         self.scheduler.finish_reading(job)
         self.scheduler.decoding.remove(job)
         document = job.build(job.state, job.reserved)
-        self._hold(document)
+        self.holdings.hold(document)
+        self._refuse_impossible()
         job.sink(document)
-
-    def _note_progress(self, plan: Sequence[tuple[Job, int]], num_decoded: int) -> None:
-        now = time.monotonic()
-        self._prompt_tokens += sum(count for _, count in plan)
-        first_tokens = sum(job.num_slots for job, count in plan if job.num_read + count == job.num_prompt)
-        self._rate.append((now, num_decoded + first_tokens))
-        while self._rate and self._rate[0][0] < now - RATE_SECONDS:
-            self._rate.popleft()
 
     def _drop_cancelled(self) -> None:
         for job in self._open_jobs():
@@ -412,29 +369,9 @@ class Engine:
             self._requests.pop(job.id, None)
             if job.document is not None:
                 job.document.num_users -= 1
-                self._give_back(job.document)
+                self.holdings.give_back(job.document)
 
     def statistics(self) -> EngineStatistics:
         """The engine now."""
         with self._lock:
-            now = time.monotonic()
-            recent = sum(count for moment, count in self._rate if moment >= now - RATE_SECONDS)
-            counts, scheduler = self.runner.counts, self.scheduler
-            candidates = counts.hits + counts.misses
-            return EngineStatistics(
-                num_running=len(scheduler.reading) + sum(job.num_slots for job in scheduler.decoding),
-                num_waiting=len(scheduler.waiting),
-                num_documents=len(self.documents),
-                num_generated_tokens=self._generated_tokens,
-                num_prompt_tokens=self._prompt_tokens,
-                num_cached_tokens=self._cached_tokens,
-                tokens_per_second=recent / RATE_SECONDS,
-                hit_rate=counts.hits / candidates if candidates else 0.0,
-                attended_fraction=counts.attended_tokens / counts.context_tokens if counts.context_tokens else 1.0,
-                prefix_cache_hits=0 if self.prefixes is None else self.prefixes.num_hits,
-                prefix_cache_queries=0 if self.prefixes is None else self.prefixes.num_queries,
-                device_bytes=self.budget.reserved.device,
-                device_limit_bytes=self.budget.device_limit,
-                host_bytes=self.budget.reserved.host,
-                host_limit_bytes=self.budget.host_limit,
-            )
+            return self._counters.statistics(self.scheduler, self.holdings, self.runner.counts)

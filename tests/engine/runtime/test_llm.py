@@ -57,9 +57,9 @@ def assert_nothing_is_left(llm: LLM) -> None:
     assert free_of_requests(llm.statistics())
     assert inner.scheduler.num_free_slots == llm.max_num_seqs
     assert inner._requests == {}
-    cached = inner.prefixes.bytes if inner.prefixes is not None else type(inner._held)()
-    assert inner.budget.reserved == inner._held + cached
-    assert all(document.num_users == 0 for document in inner.documents.values())
+    cached = inner.holdings.prefixes.bytes if inner.holdings.prefixes is not None else type(inner.holdings.held)()
+    assert inner.budget.reserved == inner.holdings.held + cached
+    assert all(document.num_users == 0 for document in inner.holdings.documents.values())
 
 
 def test_32_requests_that_come_and_go_give_what_each_gives_alone() -> None:
@@ -275,7 +275,7 @@ def test_memory_admits_one_after_the_other_and_refuses_what_exceeds_it() -> None
         inner = llm._engine
         need = llm._accounting.need(400, 19).prefill
         # Room for one request.
-        inner.budget.device_limit = inner._held.device + need.device + need.host
+        inner.budget.device_limit = inner.holdings.held.device + need.device + need.host
         params = SamplingParams(max_tokens=20, temperature=0)
         outputs = llm.generate([list(range(1, 200)) * 2 + [3, 4]] * 4, params)
         assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == 1
@@ -292,11 +292,11 @@ def test_cached_heads_make_room_for_requests() -> None:
     with engine() as llm:
         inner = llm._engine
         llm.generate([text(600, seed) for seed in range(3)], GREEDY)
-        assert inner.prefixes is not None and len(inner.prefixes) == 3
+        assert inner.holdings.prefixes is not None and len(inner.holdings.prefixes) == 3
         need = llm._accounting.need(1000, 11).prefill
-        inner.budget.device_limit = inner._held.device + need.device + need.host
+        inner.budget.device_limit = inner.holdings.held.device + need.device + need.host
         llm.generate("b" * 1000, GREEDY)
-        assert len(inner.prefixes) <= 1
+        assert len(inner.holdings.prefixes) <= 1
         assert_nothing_is_left(llm)
 
 
@@ -308,7 +308,7 @@ def test_documents_that_take_the_memory_refuse_those_who_wait() -> None:
         document_need = llm._accounting.need(1500, 0).prefill
         request_need = llm._accounting.need(1500, 11).prefill
         most = document_need.at_least(request_need)
-        inner.budget.device_limit = inner._held.device + most.device + most.host + 1000
+        inner.budget.device_limit = inner.holdings.held.device + most.device + most.host + 1000
         failures: list[Exception] = []
 
         def ask() -> None:
@@ -368,7 +368,7 @@ def test_closing_fails_every_open_request() -> None:
     with pytest.raises(EngineClosed):
         llm.add_document("a")
     llm.close()
-    assert llm._engine.budget.reserved == llm._engine._held
+    assert llm._engine.budget.reserved == llm._engine.holdings.held
     assert llm.model.config._attn_implementation != "longshadow"
 
 
@@ -405,7 +405,7 @@ def test_progress_of_a_document_and_its_end_by_an_exception(llm: LLM) -> None:
     deadline = time.monotonic() + 60
     while llm.statistics().num_running and time.monotonic() < deadline:
         time.sleep(0.01)
-    for document in list(llm._engine.documents.values()):  # it may have been ready by then
+    for document in list(llm._engine.holdings.documents.values()):  # it may have been ready by then
         llm.remove_document(document)
     assert_nothing_is_left(llm)
 
