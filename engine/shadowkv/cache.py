@@ -15,13 +15,15 @@ from longshadow import env
 from longshadow.engine.ops import Operators, choose_backend, operators
 from longshadow.engine.ops.backend import AUTO, REFERENCE, Shapes
 from longshadow.engine.shadowkv.attention import IMPLEMENTATION, activate, deactivate
+from longshadow.engine.shadowkv.batch_memory import ROW_KINDS
 from longshadow.engine.shadowkv.config import ShadowKVConfig
-from longshadow.engine.shadowkv.decode_batch import ROW_KINDS, DecodeBatch
+from longshadow.engine.shadowkv.decode_batch import DecodeBatch
 from longshadow.engine.shadowkv.families import AttentionLayer, RotaryAngles, describe_attention
-from longshadow.engine.shadowkv.layer import CacheState, ShadowKVLayer
+from longshadow.engine.shadowkv.layer import ShadowKVLayer
 from longshadow.engine.shadowkv.memory import MemoryReport, PeakMemory, report
 from longshadow.engine.shadowkv.positions import RotationSource, TokenPositions
 from longshadow.engine.shadowkv.rope import Rotation
+from longshadow.engine.shadowkv.state import CacheState
 
 logger = logging.get_logger(__name__)
 

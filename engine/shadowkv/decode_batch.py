@@ -8,21 +8,21 @@ Legend: B places of the batch, Hq query heads, H KV heads, D head_dim of keys, V
 
 from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from longshadow.engine.ops import Operators, RowKind
+from longshadow.engine.ops import Operators
+from longshadow.engine.shadowkv.batch_memory import BatchMemory
 from longshadow.engine.shadowkv.config import ShadowKVConfig
 from longshadow.engine.shadowkv.decode import StepCounts
-from longshadow.engine.shadowkv.device_step import DeviceStep, StepMemory
+from longshadow.engine.shadowkv.device_step import DeviceStep
 from longshadow.engine.shadowkv.exact import AttentionParameters
 from longshadow.engine.shadowkv.selection import StepSizes, step_sizes
 from longshadow.engine.shadowkv.sequence import RotationTable, Sequence
-from longshadow.engine.shadowkv.step_buffers import Capacity, Geometry, ResidentSlots, StepScratch
-from longshadow.engine.shadowkv.step_tables import StepNumbers, StepTables
+from longshadow.engine.shadowkv.step_buffers import Capacity
+from longshadow.engine.shadowkv.step_tables import StepNumbers
 
-ROW_KINDS = {None: RowKind.MODEL, "int8": RowKind.INT8, "fp8": RowKind.FP8}
 MAXIMUM_CANDIDATES = 4096
 NOTHING = StepSizes(num_selected=0, num_candidates=0, num_slots=0)
 # The rotations of a layer's sequence at a place of the batch.
@@ -73,22 +73,16 @@ class DecodeBatch:
         self._config = config
         self._device = device
         self._device_step = DeviceStep(operators, config, device)
-        self._version = 0
+        self._memory = BatchMemory(config, device)
         self.reset()
 
     def reset(self) -> None:
         """Forgets all sequences and frees the memory they decoded in."""
-        self._version += 1
         self._step = 0
         self._places: list[_Place | None] = []
         self._origins: list[int | None] | None = None
-        self._capacity = Capacity()
-        self._geometries: list[Geometry] = []
-        self._tables: StepTables | None = None
-        self._slots: list[ResidentSlots] = []
-        self._scratch: dict[tuple[Geometry, int], StepScratch] = {}
+        self._memory.clear()
         self._selects = False
-        self._misses: torch.Tensor | None = None  # of the last step, by layer, place and head
         self._num_misses: torch.Tensor | None = None  # of the steps before
         self._num_candidates = 0
         self._misses_are_new = False
@@ -96,7 +90,7 @@ class DecodeBatch:
     @property
     def signature(self) -> tuple[int, bool]:
         """As long as it is the same, `attend` launches the same operators on the same memory."""
-        return self._version, self._selects
+        return self._memory.version, self._selects
 
     def prepare(self, layers: Sequence_[Sequence_[Sequence | None]], rotations: Rotations) -> bool:
         """Makes one more token of every sequence possible, and counts it; `attend` of each layer then takes it.
@@ -114,11 +108,11 @@ class DecodeBatch:
         except ValueError:
             self.reset()
             raise
-        assert self._tables is not None
+        assert self._memory.tables is not None
         self._step += 1
         numbers = [self._count(place, size) for place, size in zip(self._places, sizes, strict=True)]
         self._selects = self._misses_are_new = any(row.num_candidates for row in numbers)
-        self._tables.begin_step(self._step, numbers)
+        self._memory.tables.begin_step(self._step, numbers)
         return compressed
 
     def attend(
@@ -133,16 +127,8 @@ class DecodeBatch:
 
         Their keys and values go into the tails. Places without a sequence get whatever they get.
         """
-        assert self._tables is not None
-        geometry = self._geometries[layer]
-        grouped = query.contiguous().unflatten(1, (geometry.num_kv_heads, -1))
-        memory = StepMemory(
-            tables=self._tables,
-            table=self._tables.layers[layer],
-            slots=self._slots[layer],
-            scratch=self._scratch_of(geometry, grouped.shape[2]),
-            layout=geometry.layout,
-        )
+        memory = self._memory.of_layer(layer, query.shape[1])
+        grouped = query.contiguous().unflatten(1, (keys.shape[1], -1))
         out = self._device_step.attend(
             grouped, keys.contiguous(), values.contiguous(), parameters, memory, selects=self._selects
         )
@@ -163,13 +149,9 @@ class DecodeBatch:
 
     def tensors(self) -> dict[str, list[torch.Tensor]]:
         """What is held in memory, by part."""
-        tables = [] if self._tables is None else self._tables.tensors
-        scratch = [tensor for scratch in self._scratch.values() for tensor in scratch.tensors]
-        counts = [tensor for tensor in (self._misses, self._num_misses) if tensor is not None]
-        return {
-            "resident": [tensor for slots in self._slots for tensor in slots.tensors],
-            "decode step": [*tables, *scratch, *counts],
-        }
+        parts = self._memory.tensors()
+        parts["decode step"] += [] if self._num_misses is None else [self._num_misses]
+        return parts
 
     def _seat(self, columns: list[Column]) -> tuple[list[int | None], list[int]]:
         """Gives the sequences their places. Returns where each was before, None if nowhere, and places left empty."""
@@ -222,69 +204,18 @@ class DecodeBatch:
             place is not None and origin != index
             for index, (place, origin) in enumerate(zip(self._places, origins, strict=True))
         )
-        if self._tables is None or self._tables.batch_size != len(sizes) or not self._capacity.holds(needed):
-            self._capacity = self._capacity.grown_to(needed)
-            self._allocate(places[0], origins)
+        if not self._memory.holds(needed, len(sizes)):
+            self._memory.enlarge(needed, places[0].sequences, origins)
             changed = [index for index, place in enumerate(self._places) if place is not None]
         elif moved:
-            for slots in self._slots:
-                slots.take(slots, origins)
-        assert self._tables is not None
+            self._memory.rearrange(origins)
+        assert self._memory.tables is not None
         for index in changed:
             place = self._places[index]
             assert place is not None
-            self._tables.assign(index, [(part.segments, part.tail) for part in place.sequences])
+            self._memory.tables.assign(index, [(part.segments, part.tail) for part in place.sequences])
         for index in vacated:
-            self._tables.clear(index)
-
-    def _allocate(self, place: _Place, origins: list[int | None]) -> None:
-        """Makes all memory anew, with the resident chunks of the old."""
-        self._version += 1
-        batch_size = len(self._places)
-        self._geometries = [self._geometry(sequence) for sequence in place.sequences]
-        self._tables = StepTables(
-            len(self._geometries),
-            batch_size=batch_size,
-            num_segments=self._capacity.num_segments,
-            factors=ROW_KINDS[self._config.factor_dtype],
-            values=ROW_KINDS[self._config.value_dtype],
-            dtype=self._geometries[0].dtype,
-            device=self._device,
-        )
-        self._scratch = {}
-        old, self._slots = self._slots, []
-        sizes = [batch_size * geometry.num_kv_heads for geometry in self._geometries]
-        self._misses = torch.zeros(sum(sizes), dtype=torch.int32, device=self._device)
-        for layer, (geometry, misses) in enumerate(zip(self._geometries, self._misses.split(sizes), strict=True)):
-            slots = ResidentSlots(self._capacity.num_slots, geometry, misses.view(batch_size, -1))
-            if old:
-                slots.take(old[layer], origins)
-                old[layer] = slots  # frees a layer's old memory before the next one's is made
-            self._slots.append(slots)
-
-    def _geometry(self, sequence: Sequence) -> Geometry:
-        keys, values = sequence.tail.keys, sequence.tail.values
-        return Geometry(
-            num_kv_heads=keys.shape[0],
-            key_dim=keys.shape[2],
-            value_dim=values.shape[2],
-            chunk_size=self._config.chunk_size,
-            layout=sequence.layout,
-            dtype=keys.dtype,
-            device=self._device,
-        )
-
-    def _scratch_of(self, geometry: Geometry, num_groups: int) -> StepScratch:
-        shape = (replace(geometry, layout=None), num_groups)
-        if shape not in self._scratch:
-            self._scratch[shape] = StepScratch(
-                len(self._places),
-                self._capacity,
-                geometry,
-                num_groups=num_groups,
-                takes_all_tokens=self._config.candidate_factor == 1,
-            )
-        return self._scratch[shape]
+            self._memory.tables.clear(index)
 
     def _count(self, place: _Place | None, sizes: StepSizes) -> StepNumbers:
         """Counts a sequence's new token, in all layers, and what the step does with it."""
@@ -300,7 +231,7 @@ class DecodeBatch:
             chunk_size=chunk_size,
             num_layers=len(place.sequences),
         )
-        self._num_candidates += sizes.num_candidates * sum(geometry.num_kv_heads for geometry in self._geometries)
+        self._num_candidates += sizes.num_candidates * self._memory.num_heads
         return StepNumbers(
             num_candidates=sizes.num_candidates,
             num_tokens=sizes.num_selected * chunk_size,
@@ -309,7 +240,7 @@ class DecodeBatch:
 
     def _add_up_misses(self) -> None:
         """Adds the last step's misses to those before, on the device."""
-        if self._misses_are_new and self._misses is not None:
-            added = self._misses.sum()
+        if self._misses_are_new and self._memory.misses is not None:
+            added = self._memory.misses.sum()
             self._num_misses = added if self._num_misses is None else self._num_misses + added
         self._misses_are_new = False

@@ -4,6 +4,7 @@ Legend: B places of the batch, H KV heads, G query heads per KV head, C chunks o
 S slots, T selected tokens (each at most), c chunk size, D head_dim of keys, V of values.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +83,7 @@ class ResidentSlots:
         self.values = torch.empty(*heads, *slots, geometry.value_dim, dtype=dtype, device=device)
         self.num_misses = num_misses
 
-    def take(self, other: "ResidentSlots", origins: list[int | None]) -> None:
+    def take(self, other: "ResidentSlots", origins: Sequence[int | None]) -> None:
         """Place b gets the chunks that place origins[b] of `other` has, None empties it; `other` has no more slots."""
         moves = [(place, origin) for place, origin in enumerate(origins) if origin is not None]
         if other is self:

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 
 from longshadow.engine.ops import Operators, SegmentTable
 from longshadow.engine.shadowkv import ShadowKVCache, ShadowKVConfig
-from longshadow.engine.shadowkv import layer as layer_module
+from longshadow.engine.shadowkv import state as state_module
 from longshadow.engine.shadowkv.decode_batch import DecodeBatch
 from longshadow.engine.shadowkv.graphs import DecodeGraphs, graphed_decoding, why_not
 from longshadow.env import BACKEND_VARIABLE
@@ -198,7 +198,7 @@ def test_storage_that_operators_cannot_read_is_decoded_one_by_one(
 ) -> None:
     """From the segment on that they cannot read, with one notice and as without operators."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    monkeypatch.setattr(layer_module.logger, "propagate", True)
+    monkeypatch.setattr(state_module.logger, "propagate", True)
     assign = SegmentTable.assign
 
     def refusing(self: Any, index: int, segments: Any, tail: Any = None) -> None:
