@@ -2,11 +2,9 @@
 
 import asyncio
 import queue
-import secrets
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Sequence_
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,24 +18,24 @@ from longshadow.engine.runtime.documents import Document
 from longshadow.engine.runtime.engine import Engine
 from longshadow.engine.runtime.errors import DocumentError, QueueFull, RequestTooLong
 from longshadow.engine.runtime.identity import model_fingerprint, requirements
+from longshadow.engine.runtime.intake import Intake, Prompt, as_params, as_prompts
 from longshadow.engine.runtime.loading import end_tokens, load
 from longshadow.engine.runtime.memory import Bytes, MemoryBudget
 from longshadow.engine.runtime.outputs import EngineStatistics, RequestOutput
 from longshadow.engine.runtime.prefixes import PrefixCache
-from longshadow.engine.runtime.requests import Reading, Request, make_completions
+from longshadow.engine.runtime.requests import Reading, Request
 from longshadow.engine.runtime.restoring import restore_state
 from longshadow.engine.runtime.runner import ModelRunner, length_limit
 from longshadow.engine.runtime.sampling_params import SamplingParams
 from longshadow.engine.runtime.scheduler import CHUNK_MULTIPLE
 from longshadow.engine.runtime.state import SequenceState
+from longshadow.engine.runtime.waiting import request_bar, wait_for_document
 from longshadow.engine.runtime.workspace import step_workspace
 from longshadow.engine.shadowkv import ShadowKVConfig
 
-Prompt = str | list[int]
 DEFAULT_MODEL_LEN = 32_768
 # Of each place's memory, for heads of earlier prompts.
 PREFIX_CACHE_SHARE = 4
-HEARTBEAT_SECONDS = 0.5
 
 
 class LLM:
@@ -94,10 +92,17 @@ class LLM:
         self.max_model_len = _model_len(self.model, max_model_len)
         self.max_num_seqs = max_num_seqs
         self._config = shadowkv or ShadowKVConfig()
-        self._end_tokens = end_tokens(self.model, self.tokenizer)
         self._runner = ModelRunner(self.model, self._config, self.max_model_len)
         try:
             self._accounting = Accounting(self._runner.shapes, self._config, self._runner.device)
+            self._intake = Intake(
+                tokenizer=self.tokenizer,
+                end_tokens=end_tokens(self.model, self.tokenizer),
+                vocab_size=self.model.config.get_text_config(decoder=True).vocab_size,
+                max_model_len=self.max_model_len,
+                max_num_seqs=max_num_seqs,
+                accounting=self._accounting,
+            )
             budget = MemoryBudget.of(self._runner.device, device_memory, host_memory)
             limits = budget.limits
             share = Bytes(device=limits.device // PREFIX_CACHE_SHARE, host=limits.host // PREFIX_CACHE_SHARE)
@@ -138,16 +143,21 @@ class LLM:
             RequestTooLong: a prompt and its answer exceed max_model_len or the memory; nothing was run then.
             EngineClosed: the engine was closed before all were finished.
         """
-        wanted = _as_prompts(prompts)
-        params = _as_params(sampling_params, len(wanted))
+        wanted = as_prompts(prompts)
+        params = as_params(sampling_params, len(wanted))
         arrived: queue.SimpleQueue[tuple[int, RequestOutput | Exception]] = queue.SimpleQueue()
-        requests = []
-        for index, (prompt, one) in enumerate(zip(wanted, params, strict=True)):
-            requests.append(self._request(prompt, one, document, lambda item, index=index: arrived.put((index, item))))  # type: ignore[misc]
+
+        def sink_of(index: int) -> Callable[[RequestOutput | Exception], None]:
+            return lambda item: arrived.put((index, item))
+
+        requests = [
+            self._intake.request(prompt, one, document, sink_of(index))
+            for index, (prompt, one) in enumerate(zip(wanted, params, strict=True))
+        ]
         outputs: dict[int, RequestOutput] = {}
         waiting = list(requests)
         try:
-            with _bar(len(requests), progress) as advance:
+            with request_bar(len(requests), progress) as advance:
                 while len(outputs) < len(requests):
                     self._submit_all(waiting, can_wait=len(outputs) + len(waiting) < len(requests))
                     index, item = arrived.get()
@@ -188,7 +198,7 @@ class LLM:
         Raises:
             RequestTooLong: here; QueueFull and EngineClosed: at the first iteration.
         """
-        request = self._request(prompt, sampling_params or SamplingParams(), document, lambda item: None)
+        request = self._intake.request(prompt, sampling_params or SamplingParams(), document, lambda item: None)
         request.id, request.streams = request_id or request.id, True
         return self._stream(request)
 
@@ -219,7 +229,7 @@ class LLM:
 
     def chat_prompt(self, messages: list[dict[str, Any]], *, document: Document | None = None) -> list[int]:
         """Token ids of messages in the model's chat format, for `generate` or `stream` with the same `document`."""
-        return encode_chat(self._need_tokenizer("messages"), messages, after_document=document is not None)
+        return encode_chat(self._intake.need_tokenizer("messages"), messages, after_document=document is not None)
 
     def add_document(
         self,
@@ -238,8 +248,8 @@ class LLM:
         Raises:
             ValueError: it is empty. RequestTooLong, QueueFull, EngineClosed.
         """
-        tokens = encode_document(self._need_tokenizer("texts"), text) if isinstance(text, str) else list(text)
-        self._check_tokens(tokens)
+        tokens = encode_document(self._intake.need_tokenizer("texts"), text) if isinstance(text, str) else list(text)
+        self._intake.check_tokens(tokens)
         if len(tokens) > self.max_model_len - 2:
             raise RequestTooLong(
                 f"the document has {len(tokens):,} tokens; with a question and an answer {self.max_model_len:,} fit"
@@ -256,7 +266,7 @@ class LLM:
         )
         self._engine.submit(job)
         try:
-            return _wait_for_document(arrived, len(tokens), on_progress)
+            return wait_for_document(arrived, len(tokens), on_progress)
         except BaseException:
             self._engine.cancel_reading(job)
             raise
@@ -335,58 +345,6 @@ class LLM:
             self._fingerprint = model_fingerprint(self.model)
         return requirements(self.model, self._runner.shapes, self._config, self._fingerprint)
 
-    def _need_tokenizer(self, what: str) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            raise ValueError(f"this engine has no tokenizer for {what}: give token ids, or the LLM a tokenizer")
-        return self.tokenizer
-
-    def _check_tokens(self, tokens: list[int]) -> None:
-        size = self.model.config.get_text_config(decoder=True).vocab_size
-        if not tokens:
-            raise ValueError("a prompt needs at least one token")
-        for token in tokens:
-            if not isinstance(token, int) or not 0 <= token < size:
-                raise ValueError(f"token ids must be whole numbers between 0 and {size - 1}, got {token!r}")
-
-    def _request(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        document: Document | None,
-        sink: Callable[[RequestOutput | Exception], None],
-    ) -> Request:
-        if isinstance(prompt, str):
-            # What follows a document is not the beginning of a text.
-            encoded = self._need_tokenizer("texts")(prompt, add_special_tokens=document is None)
-            prompt = list(encoded.input_ids)
-        self._check_tokens(prompt)
-        if params.stops:
-            self._need_tokenizer("stop texts")
-        if params.n > self.max_num_seqs:
-            raise ValueError(f"n must be at most max_num_seqs = {self.max_num_seqs}, got {params.n}")
-        start = None if document is None else document.state.start
-        history = 0 if document is None else document.num_tokens
-        total = history + len(prompt) + params.max_tokens
-        if total > self.max_model_len:
-            before = f"the document's {history:,} tokens, " if document is not None else ""
-            raise RequestTooLong(
-                f"{before}the prompt's {len(prompt):,} and max_tokens = {params.max_tokens:,} make {total:,}, but "
-                f"{self.max_model_len:,} fit"
-            )
-        # The last token is never cached.
-        need = self._accounting.need(len(prompt), params.max_tokens - 1, start=start, num_completions=params.n)
-        return Request(
-            num_prompt=len(prompt),
-            num_slots=params.n,
-            need=need,
-            id=f"request-{secrets.token_hex(12)}",
-            prompt=prompt,
-            params=params,
-            completions=make_completions(params, prompt, self.tokenizer, self._end_tokens),
-            document=document,
-            sink=sink,
-        )
-
 
 def _model_len(model: PreTrainedModel, wanted: int | None) -> int:
     limit = length_limit(model)
@@ -395,52 +353,3 @@ def _model_len(model: PreTrainedModel, wanted: int | None) -> int:
     if limit is not None and wanted > limit:
         raise ValueError(f"max_model_len must be at most {limit}, the model's positions in a batch, got {wanted}")
     return wanted
-
-
-def _as_prompts(prompts: Prompt | Sequence_[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and all(isinstance(item, int) for item in prompts):
-        return [list(prompts)]  # type: ignore[arg-type]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _as_params(params: SamplingParams | Sequence_[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise ValueError(
-            f"there are {count} prompts and {len(params)} sampling_params; give one for each, or one for all"
-        )
-    return list(params)
-
-
-@contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Callable[[], None]]:
-    """A bar on standard error; yields what moves it on."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), disable=not shown, transient=True) as bar:
-        task = bar.add_task("requests", total=total)
-        yield lambda: bar.advance(task)
-
-
-def _wait_for_document(
-    arrived: "queue.SimpleQueue[tuple[int, int] | Document | Exception]",
-    num_tokens: int,
-    on_progress: Callable[[int, int], None] | None,
-) -> Document:
-    progress = (0, num_tokens)
-    while True:
-        try:
-            item = arrived.get(timeout=HEARTBEAT_SECONDS)
-        except queue.Empty:
-            item = progress
-        if isinstance(item, Exception):
-            raise item
-        if isinstance(item, Document):
-            return item
-        progress = item
-        if on_progress is not None:
-            on_progress(*progress)

@@ -66,10 +66,11 @@ class Grown:
     def decode(self, count: int) -> Bytes:
         """The most the sequence holds meanwhile."""
         most = self.held()
-        for _ in range(count):
+        for step in range(count):
             self.sequence.append(*self.tokens(1), self.rotations)
-            query = torch.randn(2 * HEADS, KEY_DIM, generator=self.generator)
-            self.sequence.attend_token(query, AttentionParameters(scaling=0.3))
+            if (count - step) % 10 == 1:
+                query = torch.randn(2 * HEADS, KEY_DIM, generator=self.generator)
+                self.sequence.attend_token(query, AttentionParameters(scaling=0.3))
             most = most.at_least(self.held())
         self.plan.generate(count)
         return most
