@@ -20,6 +20,8 @@ from longshadow.engine.shadowkv.segment import Segment, compress
 from longshadow.engine.shadowkv.storage import ExactTokens
 
 HISTORY_BLOCK_TOKENS = 4096
+# Tokens for which a tail is enlarged at least: with it, tables on the device change.
+TAIL_ROOM = 256
 RotationTable = Callable[[int, int], Rotation | None]
 
 
@@ -129,7 +131,8 @@ class Sequence:
         num_old = self._num_compressible(self.tail.num_tokens + 1, long_prompt=False)
         if num_old:
             self._compress(*self.tail.take_front(num_old), rotations)
-        self.tail.make_room(1)
+        if not self.tail.has_room:
+            self.tail.make_room(TAIL_ROOM)
 
     def _num_compressible(self, num_recent: int, *, long_prompt: bool) -> int:
         """How many tokens after the last segment should become one now: 0 or a multiple of the chunk."""

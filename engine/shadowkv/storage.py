@@ -148,8 +148,13 @@ class ExactTokens:
         self._values[:, self.num_tokens : stop] = values_HnD
         self.num_tokens = stop
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a token fits into the buffers as they are."""
+        return self._keys is not None and self._keys.shape[1] > self.num_tokens
+
     def make_room(self, num_tokens: int) -> None:
-        """Grows the buffers, where needed, so that as many more tokens fit; there are some already."""
+        """Grows the buffers, where needed, so that as many more tokens fit; there are buffers already."""
         stop = self.num_tokens + num_tokens
         assert self._keys is not None and self._values is not None
         self._keys = self._grown(self._keys, self._keys, stop)
