@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from longshadow.engine.runtime.parked import attend_parked, attends_parked, causal_mask
 from longshadow.engine.runtime.state import LayerSequence, SequenceState
 from longshadow.engine.shadowkv.attention import expect_handoff, mark
 from longshadow.engine.shadowkv.exact import AttentionParameters
-from longshadow.engine.shadowkv.sequence import RotationTable
+from longshadow.engine.shadowkv.sequence import RotationTable, Sequence
 from longshadow.engine.shadowkv.storage import ExactTokens
 
 
@@ -26,6 +27,7 @@ class Chunk:
         is_last: the prompt ends here, so it is compressed.
         num_prompt: tokens of the whole prompt, to make room for.
         keeps_head: leave the whole prompt's exact tokens in `head`, a buffer per layer.
+        mask: of the chunk's tokens over all parked ones, the same for all layers.
     """
 
     state: SequenceState
@@ -34,6 +36,7 @@ class Chunk:
     num_prompt: int
     keeps_head: bool = False
     head: list[ExactTokens] = field(default_factory=list)
+    mask: torch.Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -111,16 +114,45 @@ class BatchLayer(CacheLayerMixin):
             start = tokens.stop
             sequence = chunk.state.layers[self._index]
             q, k, v = query[:, tokens], keys[:, tokens], values[:, tokens]
+            if attends_parked(sequence, q, parameters):
+                outputs.append(self._read_parked(sequence, chunk, q, k, v, parameters))
+                continue
             outputs.append(sequence.attend_prompt(q, k, v, parameters))
             if chunk.is_last and not chunk.keeps_head:
                 sequence.finish_prompt(k, v, self._rotations)
                 continue
             self._park(sequence, k, v, chunk.num_prompt)
             if chunk.is_last:
-                assert sequence.parked is not None
-                chunk.head.append(sequence.parked)
-                sequence.finish_prompt(k[:, :0], v[:, :0], self._rotations)
+                self._finish_parked(sequence, chunk, k, v)
         return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+
+    def _read_parked(
+        self,
+        sequence: LayerSequence,
+        chunk: Chunk,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        parameters: AttentionParameters,
+    ) -> torch.Tensor:
+        """A chunk whose history is parked: parks it, too, then attends to what is parked."""
+        assert isinstance(sequence, Sequence) and sequence.parked is not None
+        if sequence.config.query_weighted:
+            sequence.query_energy.add(query, keys.shape[0])
+        sequence.park(keys, values)
+        if chunk.mask is None:
+            chunk.mask = causal_mask(query.shape[1], sequence.parked.num_tokens, query.device)
+        out = attend_parked(query, sequence.parked, chunk.mask, parameters)
+        if chunk.is_last:
+            self._finish_parked(sequence, chunk, keys, values)
+        return out
+
+    def _finish_parked(self, sequence: LayerSequence, chunk: Chunk, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Ends a prompt all of which is parked; `keys` and `values` [H, T, D] only tell what empty ones are like."""
+        assert sequence.parked is not None
+        if chunk.keeps_head:
+            chunk.head.append(sequence.parked)
+        sequence.finish_prompt(keys[:, :0], values[:, :0], self._rotations)
 
     def _park(self, sequence: LayerSequence, keys: torch.Tensor, values: torch.Tensor, num_prompt: int) -> None:
         if sequence.parked is None:

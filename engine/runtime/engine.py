@@ -94,9 +94,11 @@ class Engine:
             return True
 
     def cancel_reading(self, job: Reading) -> None:
-        """Ends the reading of a document after the current step."""
+        """Ends the reading of a document after the current step, or forgets what has been read."""
         with self._lock:
             job.is_cancelled = True
+            if job.document is not None:
+                self.holdings.remove(job.document)
             self._wake.notify_all()
 
     def reserve(self, need: Bytes) -> None:
@@ -343,14 +345,17 @@ class Engine:
 
     def _finish_document(self, job: Reading) -> None:
         """Takes up a document that has been read; what it needs stays reserved."""
+        if job.is_cancelled:
+            self._leave(job)
+            return
         assert job.state is not None
         job.state.forget_blocks()
         self.scheduler.finish_reading(job)
         self.scheduler.decoding.remove(job)
-        document = job.build(job.state, job.reserved)
-        self.holdings.hold(document)
+        job.document = job.build(job.state, job.reserved)
+        self.holdings.hold(job.document)
         self._refuse_impossible()
-        job.sink(document)
+        job.sink(job.document)
 
     def _drop_cancelled(self) -> None:
         for job in self._open_jobs():

@@ -163,6 +163,7 @@ class Reading(Job):
 
     Attributes:
         build: makes the document from its state and what is reserved for it.
+        document: once it has been read.
         sink: called from the engine's thread with (tokens read, all tokens), the document, or an error.
     """
 
@@ -170,4 +171,5 @@ class Reading(Job):
     build: Callable[[SequenceState, Bytes], Document]
     sink: Callable[[tuple[int, int] | Document | Exception], None]
     state: SequenceState | None = None
+    document: Document | None = None
     is_cancelled: bool = False

@@ -397,17 +397,18 @@ def test_progress_of_a_document_and_its_end_by_an_exception(llm: LLM) -> None:
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     llm.remove_document(document)
 
-    def refuse(done: int, total: int) -> None:
-        raise KeyError("enough")
+    def refuse_from(least: int) -> Callable[[int, int], None]:
+        def refuse(done: int, total: int) -> None:
+            if done >= least:
+                raise KeyError("enough")
 
-    with pytest.raises(KeyError, match="enough"):
-        llm.add_document(text(400), on_progress=refuse)
-    deadline = time.monotonic() + 60
-    while llm.statistics().num_running and time.monotonic() < deadline:
-        time.sleep(0.01)
-    for document in list(llm._engine.holdings.documents.values()):  # it may have been ready by then
-        llm.remove_document(document)
-    assert_nothing_is_left(llm)
+        return refuse
+
+    for least in (0, document.num_tokens):  # before anything has been read, and when all has been
+        with pytest.raises(KeyError, match="enough"):
+            llm.add_document(text(400), on_progress=refuse_from(least))
+        assert_nothing_is_left(llm)
+        assert llm.statistics().num_documents == 0
 
 
 def test_without_a_tokenizer_prompts_are_ids_and_answers_have_no_text() -> None:
