@@ -80,8 +80,8 @@ class Replay:
             if self._layer == 0:
                 self._turns_B1.add_(1).remainder_(len(self._steps))
 
-        def top_chunks(scores: torch.Tensor, counts: torch.Tensor, chosen: torch.Tensor, workspace: Any) -> None:
-            operators.top_chunks(scores, counts, chosen, workspace)
+        def top_chunks(scores: torch.Tensor, counts: torch.Tensor, chosen: torch.Tensor) -> None:
+            operators.top_chunks(scores, counts, chosen)
             chosen.fill_(-1)
             if self._chooses_tokens:
                 chosen[:, :, : self.num_tokens] = self._token_places()

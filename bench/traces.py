@@ -113,8 +113,8 @@ class Recorder:
             operators.plan_chunks(chosen, *rest)
             self._chosen, self._slots, self._has_slots = chosen[0].clone(), rest[4][0].clone(), True
 
-        def top_chunks(scores: torch.Tensor, counts: torch.Tensor, chosen: torch.Tensor, workspace: Any) -> None:
-            operators.top_chunks(scores, counts, chosen, workspace)
+        def top_chunks(scores: torch.Tensor, counts: torch.Tensor, chosen: torch.Tensor) -> None:
+            operators.top_chunks(scores, counts, chosen)
             if self._has_slots and (self._num_scored - 1) % self._num_layers in self._layers:
                 self._note(chosen[0])
 

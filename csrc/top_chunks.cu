@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(Block::kNumThreads, 2)
   selection.choose(count, chosen + row * capacity, capacity);
 }
 
-void top_chunks(Tensor scores, Tensor counts, Tensor chosen, Tensor) {
+void top_chunks(Tensor scores, Tensor counts, Tensor chosen) {
   const Arguments arguments("top_chunks", scores);
   const auto* from =
       arguments.pointer<float>(scores, "scores", ScalarType::Float, {kAnySize, kAnySize, kAnySize});

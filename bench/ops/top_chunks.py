@@ -13,7 +13,6 @@ from bench.ops.case import BATCH_SIZES, Case, Random
 from bench.record import Check
 from longshadow.engine.ops import operators as choose_operators
 from longshadow.engine.ops.backend import REFERENCE, Operators
-from longshadow.engine.ops.top_chunks import top_chunks_workspace
 
 MAXIMUM_LAYERS = 64
 # Softmax over logits with this standard deviation, in nats, has the few large weights that attention has.
@@ -64,7 +63,6 @@ class TopChunks:
         self._scores = logits.mul_(SPREAD).softmax(-1)
         self._counts = torch.full((heads[0],), case.num_chosen, dtype=torch.int32, device=device)
         self._chosen = torch.zeros(*heads, case.num_chosen, dtype=torch.int32, device=device)
-        self._workspace = torch.empty(top_chunks_workspace(), dtype=torch.float32, device=device)
 
     def run(self, operators: Operators) -> None:
         """One call per layer."""
@@ -77,7 +75,7 @@ class TopChunks:
             scores.topk(self._chosen.shape[2], sorted=False)
 
     def _call(self, operators: Operators, scores: torch.Tensor) -> None:
-        operators.top_chunks(scores, self._counts, self._chosen, self._workspace)
+        operators.top_chunks(scores, self._counts, self._chosen)
 
     def check(self, operators: Operators) -> Check:
         """The first layer's places against the reference's."""

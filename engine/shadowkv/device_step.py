@@ -92,9 +92,7 @@ class DeviceStep:
             scratch.chunk_scores,
             scratch.score_workspace,
         )
-        self._operators.top_chunks(
-            scratch.chunk_scores, tables.num_candidates, scratch.candidates, scratch.top_workspace
-        )
+        self._operators.top_chunks(scratch.chunk_scores, tables.num_candidates, scratch.candidates)
         if not self._keeps_chunks:
             slots.chunks.fill_(EMPTY)
         self._operators.plan_chunks(
@@ -150,7 +148,7 @@ class DeviceStep:
             scratch.token_scores,
             scratch.token_workspace,
         )
-        self._operators.top_chunks(scratch.token_scores, tables.num_tokens, scratch.places, scratch.top_workspace)
+        self._operators.top_chunks(scratch.token_scores, tables.num_tokens, scratch.places)
         self._fetch_values(memory)
         return scratch.places
 

@@ -12,7 +12,6 @@ import torch
 from longshadow.engine.ops.score_chunks import score_chunks_workspace
 from longshadow.engine.ops.score_tokens import score_tokens_workspace
 from longshadow.engine.ops.sparse_attention import sparse_attention_workspace
-from longshadow.engine.ops.top_chunks import top_chunks_workspace
 from longshadow.engine.shadowkv.resident import EMPTY
 from longshadow.engine.shadowkv.rope import RotaryLayout
 
@@ -146,7 +145,6 @@ class StepScratch:
         self.attention_workspace = floats(
             sparse_attention_workspace(*heads, num_groups, geometry.value_dim, num_places)
         )
-        self.top_workspace = floats(top_chunks_workspace())
 
     @property
     def tensors(self) -> list[torch.Tensor]:

@@ -74,12 +74,12 @@ def play(traces, *, factor, steps, batch_size=2, num_layers=3, num_heads=2):
             slots, missing = torch.empty_like(chosen), torch.empty_like(chosen)
             num_misses = torch.empty(pairs, dtype=torch.int32)
             wrapped.score_chunks()
-            wrapped.top_chunks(None, None, chosen, None)
+            wrapped.top_chunks(None, None, chosen)
             now = torch.tensor([step + 1], dtype=torch.int32)
             wrapped.plan_chunks(
                 chosen, slot_chunks[layer], last_used[layer], has_values, now, slots, missing, num_misses
             )
-            wrapped.top_chunks(None, None, places, None)
+            wrapped.top_chunks(None, None, places)
             assert bool((chosen[..., replay.num_candidates :] == -1).all())
             assert bool((places[..., replay.num_tokens :] == -1).all())
             taken = places[..., : replay.num_tokens].long()

@@ -39,7 +39,7 @@ def test_as_the_reference(
     host_library.host_top_chunks(scores.pointer, len(row), count, chosen.pointer, count + extra, int(cached), stride)
     expected = torch.empty(1, 1, count + extra, dtype=torch.int32)
     if row:
-        top_chunks(scores.tensor.view(1, 1, -1), torch.tensor([count]), expected, torch.empty(0))
+        top_chunks(scores.tensor.view(1, 1, -1), torch.tensor([count]), expected)
     else:
         expected.fill_(-1)
     assert chosen.numbers() == expected.flatten().tolist()

@@ -1,4 +1,4 @@
-"""`top_chunks(scores, counts, chosen, workspace)`: the places of the largest scores of each row.
+"""`top_chunks(scores, counts, chosen)`: the places of the largest scores of each row.
 
 Of sequence b the counts[b] largest finite scores of each head are chosen, ties to the lower place. The decoding step
 takes candidate chunks by it, and then tokens among them.
@@ -8,7 +8,6 @@ takes candidate chunks by it, and then tokens among them.
 | scores    | fp32 [B, H, n]; infinite ones and NaN are never chosen                                           |
 | counts    | int32 [B], 0 .. K                                                                                |
 | chosen    | int32 [B, H, K], written: places 0 .. n - 1 in ascending order, then -1 where there are no more  |
-| workspace | `top_chunks_workspace()` elements of any dtype                                                   |
 """
 
 from longshadow.engine.ops.library import define
@@ -16,12 +15,7 @@ from longshadow.engine.ops.top_chunks import reference
 
 define(
     "top_chunks",
-    "(Tensor scores, Tensor counts, Tensor(a!) chosen, Tensor(b!) workspace) -> ()",
+    "(Tensor scores, Tensor counts, Tensor(a!) chosen) -> ()",
     reference.top_chunks,
     cuda=True,
 )
-
-
-def top_chunks_workspace() -> int:
-    """Elements of the workspace: every kernel has a program per row, and what it counts fits into its registers."""
-    return 0

@@ -3,6 +3,6 @@
 import torch
 
 
-def top_chunks(scores: torch.Tensor, counts: torch.Tensor, chosen: torch.Tensor, workspace: torch.Tensor) -> None:
+def top_chunks(scores: torch.Tensor, counts: torch.Tensor, chosen: torch.Tensor) -> None:
     """See the package."""
-    torch.ops.longshadow.top_chunks_cuda(scores, counts, chosen, workspace)
+    torch.ops.longshadow.top_chunks_cuda(scores, counts, chosen)

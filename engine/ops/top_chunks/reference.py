@@ -3,7 +3,7 @@
 import torch
 
 
-def top_chunks(scores: torch.Tensor, counts: torch.Tensor, chosen: torch.Tensor, workspace: torch.Tensor) -> None:
+def top_chunks(scores: torch.Tensor, counts: torch.Tensor, chosen: torch.Tensor) -> None:
     """See the package."""
     num_scores = scores.shape[2]
     finite = scores.isfinite()

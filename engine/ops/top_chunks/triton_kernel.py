@@ -85,7 +85,7 @@ def top_chunks_kernel(scores, counts, chosen, num_heads, num_scores, capacity, B
         tl.store(target + place, -1, mask=(place >= num_chosen) & (place < capacity))
 
 
-def top_chunks(scores: torch.Tensor, counts: torch.Tensor, chosen: torch.Tensor, workspace: torch.Tensor) -> None:
+def top_chunks(scores: torch.Tensor, counts: torch.Tensor, chosen: torch.Tensor) -> None:
     """See the package."""
     check_contiguous(scores=scores, counts=counts, chosen=chosen)
     batch_size, num_heads, num_scores = scores.shape

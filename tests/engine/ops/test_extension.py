@@ -138,7 +138,7 @@ def test_wrong_tensors_are_refused(backend: str, device: torch.device) -> None:
         ((scores, counts.cpu(), chosen), "counts must be on CUDA device 0"),
     ]:
         with pytest.raises(RuntimeError, match=f"top_chunks: .*{reason}"):
-            top_chunks(*wrong, chosen)
+            top_chunks(*wrong)
 
 
 @pytest.mark.gpu

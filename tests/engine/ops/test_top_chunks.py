@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from longshadow.engine.ops.backend import implementation
-from longshadow.engine.ops.top_chunks import top_chunks_workspace
 from tests.engine.ops.checks import check_that_it_compiles, poisoned
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton", "cuda"], indirect=True)
@@ -25,10 +24,9 @@ def assert_best(backend: str, scores: torch.Tensor, counts: list[int], capacity:
     batch_size, num_heads, _ = scores.shape
     device = scores.device
     chosen = poisoned(batch_size, num_heads, capacity, dtype=torch.int32, device=device)
-    workspace = poisoned(top_chunks_workspace(), dtype=torch.int32, device=device)
     operator = implementation("top_chunks", backend, device)
     before = scores.clone()
-    operator(scores, torch.tensor(counts, dtype=torch.int32, device=device), chosen, workspace)
+    operator(scores, torch.tensor(counts, dtype=torch.int32, device=device), chosen)
     expected = [
         [best(row, count, capacity) for row in rows] for rows, count in zip(scores.tolist(), counts, strict=True)
     ]
@@ -99,9 +97,7 @@ def test_opcheck(device: torch.device) -> None:
     scores = torch.rand(2, 3, 40, device=device)
     counts = torch.tensor([3, 5], dtype=torch.int32, device=device)
     chosen = torch.zeros(2, 3, 5, dtype=torch.int32, device=device)
-    torch.library.opcheck(
-        torch.ops.longshadow.top_chunks.default, (scores, counts, chosen, chosen.new_empty(top_chunks_workspace()))
-    )
+    torch.library.opcheck(torch.ops.longshadow.top_chunks.default, (scores, counts, chosen))
 
 
 def test_it_compiles_for_every_device() -> None:
