@@ -5,14 +5,14 @@ import triton
 import triton.language as tl
 
 from longshadow.engine.ops.configuration import Configuration
-from longshadow.engine.ops.tables import RegionField
-
-FIELDS = tl.constexpr(len(RegionField))
-KEYS = tl.constexpr(int(RegionField.KEYS))
-VALUES = tl.constexpr(int(RegionField.VALUES))
-KEY_HEAD_STRIDE = tl.constexpr(int(RegionField.KEY_HEAD_STRIDE))
-VALUE_HEAD_STRIDE = tl.constexpr(int(RegionField.VALUE_HEAD_STRIDE))
-LENGTH = tl.constexpr(int(RegionField.LENGTH))
+from longshadow.engine.ops.triton_functions import (
+    NUM_REGION_FIELDS,
+    REGION_KEY_HEAD_STRIDE,
+    REGION_KEYS,
+    REGION_LENGTH,
+    REGION_VALUE_HEAD_STRIDE,
+    REGION_VALUES,
+)
 
 
 @triton.jit
@@ -40,17 +40,17 @@ def append_tokens_kernel(
     head = tl.program_id(0).to(tl.int64)
     sequence = tl.program_id(1).to(tl.int64)
     row = sequence * tl.num_programs(0) + head
-    tail = regions + (sequence * num_regions + num_regions - 1) * FIELDS
+    tail = regions + (sequence * num_regions + num_regions - 1) * NUM_REGION_FIELDS
     length = tl.load(tail_tokens + sequence).to(tl.int64)
     # No program reads the length that another writes.
     if head == 0:
-        tl.store(tail + LENGTH, length)
+        tl.store(tail + REGION_LENGTH, length)
     if length > 0:
         token = length - 1
-        stride = tl.load(tail + KEY_HEAD_STRIDE)
-        _copy(keys + row * KEY_DIM, tl.load(tail + KEYS), stride, head, token, KEY_DIM, BLOCK)
-        stride = tl.load(tail + VALUE_HEAD_STRIDE)
-        _copy(values + row * VALUE_DIM, tl.load(tail + VALUES), stride, head, token, VALUE_DIM, BLOCK)
+        stride = tl.load(tail + REGION_KEY_HEAD_STRIDE)
+        _copy(keys + row * KEY_DIM, tl.load(tail + REGION_KEYS), stride, head, token, KEY_DIM, BLOCK)
+        stride = tl.load(tail + REGION_VALUE_HEAD_STRIDE)
+        _copy(values + row * VALUE_DIM, tl.load(tail + REGION_VALUES), stride, head, token, VALUE_DIM, BLOCK)
 
 
 def append_tokens(keys: torch.Tensor, values: torch.Tensor, tail_tokens: torch.Tensor, regions: torch.Tensor) -> None:

@@ -16,10 +16,8 @@ import triton.language as tl
 from longshadow.engine.ops.configuration import Configuration
 from longshadow.engine.ops.rotary import RotaryStyle
 from longshadow.engine.ops.tables import Field, RowKind
+from longshadow.engine.ops.triton_functions import FIRST_CHUNK, FP8, MODEL, NUM_CHUNKS, NUM_FIELDS
 
-FIELDS = tl.constexpr(len(Field))
-NUM_CHUNKS = tl.constexpr(int(Field.NUM_CHUNKS))
-FIRST_CHUNK = tl.constexpr(int(Field.FIRST_CHUNK))
 COEFFICIENTS = tl.constexpr(int(Field.COEFFICIENTS))
 COEFFICIENT_SCALES = tl.constexpr(int(Field.COEFFICIENT_SCALES))
 RANK = tl.constexpr(int(Field.RANK))
@@ -27,8 +25,6 @@ BASIS = tl.constexpr(int(Field.BASIS))
 MEAN = tl.constexpr(int(Field.MEAN))
 COS = tl.constexpr(int(Field.COS))
 SIN = tl.constexpr(int(Field.SIN))
-MODEL = tl.constexpr(int(RowKind.MODEL))
-FP8 = tl.constexpr(int(RowKind.FP8))
 NO_ROTATION = tl.constexpr(int(RotaryStyle.NONE))
 INTERLEAVED = tl.constexpr(int(RotaryStyle.INTERLEAVED))
 # e4m3 has an exponent bias of 7, fp16 of 15.
@@ -173,18 +169,18 @@ def rebuild_keys_kernel(
     chunk = tl.load(chosen + place, mask=valid, other=0)
     target = (row * num_slots + tl.load(slots + place, mask=valid, other=0)) * CHUNK_SIZE + offset
 
-    segments = table + sequence * num_segments * FIELDS
+    segments = table + sequence * num_segments * NUM_FIELDS
     number = tl.arange(0, BLOCK_SEGMENTS)
     exists = number < num_segments
-    starts = tl.load(segments + number * FIELDS + FIRST_CHUNK, mask=exists, other=0)
-    lengths = tl.load(segments + number * FIELDS + NUM_CHUNKS, mask=exists, other=0)
+    starts = tl.load(segments + number * NUM_FIELDS + FIRST_CHUNK, mask=exists, other=0)
+    lengths = tl.load(segments + number * NUM_FIELDS + NUM_CHUNKS, mask=exists, other=0)
     # Past the block's end the first chunk stands for what is missing.
     lowest = tl.min(tl.where(valid, chunk, 0x7FFFFFFF), 0)
     highest = tl.max(tl.where(valid, chunk, 0), 0)
     first_segment = tl.max(tl.where((lengths > 0) & (starts <= lowest), number, 0), 0)
     last_segment = tl.max(tl.where((lengths > 0) & (starts <= highest), number, 0), 0)
     for segment in range(first_segment, last_segment + 1):
-        fields = segments + segment * FIELDS
+        fields = segments + segment * NUM_FIELDS
         local = chunk - tl.load(fields + FIRST_CHUNK)
         mine = valid & (local >= 0) & (local < tl.load(fields + NUM_CHUNKS))
         source = local * CHUNK_SIZE + offset
