@@ -94,11 +94,6 @@ class RowStore:
         return self._scales_Rg
 
     @property
-    def addressable(self) -> bool:
-        """Whether kernels on the device can read the store where it is: on it, or in pinned host memory."""
-        return all(tensor.device == self.device or tensor.is_pinned() for tensor in self.tensors)
-
-    @property
     def tensors(self) -> list[torch.Tensor]:
         """Everything that is held in memory: the rows, then their scales."""
         return [self._rows_Rgw] if self._scales_Rg is None else [self._rows_Rgw, self._scales_Rg]

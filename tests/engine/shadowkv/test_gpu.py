@@ -185,7 +185,7 @@ def test_kernels_read_pinned_host_memory_where_it_lies() -> None:
     rows = torch.randn(64, 8, 64, device=DEVICE)
     store = RowStore(rows, host=True)
     [held] = store.tensors
-    assert store.addressable and held.device.type == "cpu"
+    assert held.is_pinned() and held.device.type == "cpu"
     assert torch.equal(tensor_at(held.data_ptr(), tuple(held.shape), held.dtype, DEVICE), rows)
 
 
