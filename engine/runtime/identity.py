@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from longshadow.engine.runtime.accounting import LayerShape
-from longshadow.engine.runtime.runner import rope_parameters
 from longshadow.engine.shadowkv import ShadowKVConfig
+from longshadow.engine.shadowkv.families import rope_parameters
 
 SAMPLED_ELEMENTS = 256
 # What does not change a document's segments: how they are attended to, and where they are kept.

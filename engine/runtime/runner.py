@@ -17,15 +17,18 @@ from longshadow.engine.shadowkv import ShadowKVConfig
 from longshadow.engine.shadowkv import sequence as shadowkv
 from longshadow.engine.shadowkv.attention import activate, deactivate
 from longshadow.engine.shadowkv.decode import StepCounts
-from longshadow.engine.shadowkv.families import AttentionLayer, describe_attention
+from longshadow.engine.shadowkv.families import (
+    LENGTH_DEPENDENT_ROPE,
+    AttentionLayer,
+    describe_attention,
+    rope_parameters,
+)
 from longshadow.engine.shadowkv.query_weights import QueryEnergy
 from longshadow.engine.shadowkv.rope import Rotation
 from longshadow.engine.shadowkv.sequence import RotationTable
 from longshadow.models import max_positions
 
 PROBE_TOKENS = 2
-# Kinds of RoPE whose angles depend on the longest sequence of a batch, beyond so many positions.
-LENGTH_DEPENDENT_ROPE = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
 
 
 class ModelRunner:
@@ -191,13 +194,6 @@ def attention_modules(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
         for module in model.modules()
         if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "scaling")
     }
-
-
-def rope_parameters(model: PreTrainedModel) -> list[dict[str, Any]]:
-    """The rotary parameters of the configuration, one dictionary per kind of layer that has its own."""
-    parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    return nested or [parameters]
 
 
 def length_limit(model: PreTrainedModel) -> int | None:

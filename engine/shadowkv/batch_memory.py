@@ -11,7 +11,6 @@ import torch
 from longshadow.engine.ops import RowKind
 from longshadow.engine.shadowkv.config import ShadowKVConfig
 from longshadow.engine.shadowkv.device_step import StepMemory
-from longshadow.engine.shadowkv.sequence import Sequence
 from longshadow.engine.shadowkv.step_buffers import Capacity, Geometry, ResidentSlots, StepScratch
 from longshadow.engine.shadowkv.step_tables import StepTables
 
@@ -47,17 +46,17 @@ class BatchMemory:
         """Whether there is room."""
         return self.tables is not None and self.tables.batch_size == batch_size and self._capacity.holds(needed)
 
-    def enlarge(self, needed: Capacity, column: Sequence_[Sequence], origins: Sequence_[int | None]) -> None:
-        """Makes room for sequences like those of `column`, one in each layer, with empty tables.
+    def enlarge(self, needed: Capacity, geometries: list[Geometry], origins: Sequence_[int | None]) -> None:
+        """Makes room for sequences of these shapes in each layer, with empty tables.
 
         Place b takes over the resident chunks of place origins[b].
         """
         self.version += 1
         batch_size = len(origins)
         self._capacity = self._capacity.grown_to(needed)
-        self._geometries = [self._geometry(sequence) for sequence in column]
+        self._geometries = geometries
         self.tables = StepTables(
-            len(column),
+            len(geometries),
             batch_size=batch_size,
             num_segments=self._capacity.num_segments,
             factors=ROW_KINDS[self._config.factor_dtype],
@@ -109,18 +108,6 @@ class BatchMemory:
             layout=geometry.layout,
         )
 
-    def _geometry(self, sequence: Sequence) -> Geometry:
-        keys, values = sequence.tail.keys, sequence.tail.values
-        return Geometry(
-            num_kv_heads=keys.shape[0],
-            key_dim=keys.shape[2],
-            value_dim=values.shape[2],
-            chunk_size=self._config.chunk_size,
-            layout=sequence.layout,
-            dtype=keys.dtype,
-            device=self._device,
-        )
-
     def tensors(self) -> dict[str, list[torch.Tensor]]:
         """What is held, by part."""
         others = [] if self.tables is None or self.misses is None else [*self.tables.tensors, self.misses]
@@ -128,3 +115,18 @@ class BatchMemory:
             "resident": [tensor for slots in self._slots for tensor in slots.tensors],
             "decode step": [*others, *(tensor for scratch in self._scratch.values() for tensor in scratch.tensors)],
         }
+
+
+def batch_bytes(
+    config: ShadowKVConfig, geometries: Sequence_[Geometry], num_query_heads: int, room: Capacity, batch_size: int
+) -> int:
+    """What a batch of such layers takes that holds `room` for each place, everything that a step makes included.
+
+    Found by making it on a device without memory.
+    """
+    nowhere = torch.device("meta")
+    memory = BatchMemory(config, nowhere)
+    memory.enlarge(room, [replace(geometry, device=nowhere) for geometry in geometries], [None] * batch_size)
+    for layer in range(len(geometries)):
+        memory.of_layer(layer, num_query_heads)
+    return sum(tensor.nbytes for tensors in memory.tensors().values() for tensor in tensors)

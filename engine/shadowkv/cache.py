@@ -9,23 +9,16 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.utils import logging
 
-from longshadow import env
-from longshadow.engine.ops import Operators, choose_backend, operators
-from longshadow.engine.ops.backend import AUTO, REFERENCE, Shapes
 from longshadow.engine.shadowkv.attention import IMPLEMENTATION, activate, deactivate
-from longshadow.engine.shadowkv.batch_memory import ROW_KINDS
+from longshadow.engine.shadowkv.choice import choose_operators, decode_batch
 from longshadow.engine.shadowkv.config import ShadowKVConfig
-from longshadow.engine.shadowkv.decode_batch import DecodeBatch
 from longshadow.engine.shadowkv.families import AttentionLayer, RotaryAngles, describe_attention
 from longshadow.engine.shadowkv.layer import ShadowKVLayer
 from longshadow.engine.shadowkv.memory import MemoryReport, PeakMemory, report
 from longshadow.engine.shadowkv.positions import RotationSource, TokenPositions
 from longshadow.engine.shadowkv.rope import Rotation
 from longshadow.engine.shadowkv.state import CacheState
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +63,7 @@ class ShadowKVCache(Cache):
         width = max(layer.key_width for layer in attention_layers)
         config.prompt_rank(min(layer.key_width for layer in attention_layers))
         self.config = config
-        chosen = _operators(model, config)
+        chosen = choose_operators(model, config)
         self._state = CacheState(
             config=config,
             positions=TokenPositions(_rotation_source(attention_layers, angles)),
@@ -79,7 +72,7 @@ class ShadowKVCache(Cache):
             model_config=model.config.get_text_config(decoder=True),
             peak=PeakMemory(self._current_memory),
             operators=chosen,
-            batch=_decode_batch(model, config, chosen),
+            batch=decode_batch(model, config, chosen),
         )
         stock = DynamicCache(config=model.config).layers
         super().__init__(
@@ -232,38 +225,3 @@ def _rotation_source(layers: list[AttentionLayer], angles: RotaryAngles) -> Rota
         return angles.rotation(layer_type, position_ids, layouts[layer_type])
 
     return rotation
-
-
-def _operators(model: PreTrainedModel, config: ShadowKVConfig) -> Operators | None:
-    """Kernels for this model's device and shapes, or what LONGSHADOW_BACKEND says; None: plain PyTorch does better.
-
-    Raises ValueError for an impossible LONGSHADOW_BACKEND.
-    """
-    text_config = model.config.get_text_config(decoder=True)
-    num_heads = text_config.num_attention_heads
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads
-    shapes = Shapes(
-        num_groups=num_heads // (getattr(text_config, "num_key_value_heads", None) or num_heads),
-        key_dim=head_dim,
-        value_dim=head_dim,
-        dtype=model.dtype,
-        factors=ROW_KINDS[config.factor_dtype],
-    )
-    backend = choose_backend(model.device, shapes=shapes)
-    if backend == REFERENCE and env.backend() in (None, AUTO):
-        return None
-    return operators(model.device, backend, shapes)
-
-
-def _decode_batch(model: PreTrainedModel, config: ShadowKVConfig, chosen: Operators | None) -> DecodeBatch | None:
-    """What decodes the sequences of a cache together; None, said once, where operators do not serve it."""
-    if chosen is None:
-        return None
-    devices = {str(parameter.device) for parameter in model.parameters()}
-    try:
-        if len(devices) > 1:
-            raise ValueError(f"the model is spread over {', '.join(sorted(devices))}")
-        return DecodeBatch(chosen, config, model.device)
-    except ValueError as error:
-        logger.warning_once(f"sequences are decoded one by one: {error}")
-        return None

@@ -8,7 +8,6 @@ Legend: B places of the batch, Hq query heads, H KV heads, D head_dim of keys, V
 
 from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
-from dataclasses import dataclass
 
 import torch
 
@@ -18,46 +17,16 @@ from longshadow.engine.shadowkv.config import ShadowKVConfig
 from longshadow.engine.shadowkv.decode import StepCounts
 from longshadow.engine.shadowkv.device_step import DeviceStep
 from longshadow.engine.shadowkv.exact import AttentionParameters
+from longshadow.engine.shadowkv.place import Column, Place
 from longshadow.engine.shadowkv.selection import StepSizes, step_sizes
 from longshadow.engine.shadowkv.sequence import RotationTable, Sequence
-from longshadow.engine.shadowkv.step_buffers import Capacity
+from longshadow.engine.shadowkv.step_buffers import Capacity, Geometry
 from longshadow.engine.shadowkv.step_tables import StepNumbers
 
 MAXIMUM_CANDIDATES = 4096
 NOTHING = StepSizes(num_selected=0, num_candidates=0, num_slots=0)
 # The rotations of a layer's sequence at a place of the batch.
 Rotations = Callable[[int, int], RotationTable]
-Column = tuple[Sequence, ...]
-
-
-@dataclass(eq=False)
-class _Place:
-    """A place of the batch that a sequence has: its parts in all layers, and what they were when last looked at.
-
-    All layers hold the same tokens, so they are counted in the first.
-    """
-
-    sequences: Column
-    storage: tuple[object, ...] = ()
-    num_compressed: int = 0
-    num_chunks: int = 0
-    num_exact_chunks: int = 0
-
-    def holds(self, column: Column) -> bool:
-        """Whether the sequence is the same."""
-        return bool(column) and self.sequences[0] is column[0]
-
-    def look(self) -> bool:
-        """Takes note of what the sequence consists of; whether that has changed."""
-        first = self.sequences[0]
-        now = (*first.segments, *first.tail.tensors)
-        if len(now) == len(self.storage) and all(new is old for new, old in zip(now, self.storage, strict=True)):
-            return False
-        self.storage = now
-        self.num_compressed = first.num_compressed
-        self.num_chunks = sum(segment.num_chunks for segment in first.segments)
-        self.num_exact_chunks = sum(segment.exact_chunks.shape[1] for segment in first.segments)
-        return True
 
 
 class DecodeBatch:
@@ -79,7 +48,8 @@ class DecodeBatch:
     def reset(self) -> None:
         """Forgets all sequences and frees the memory they decoded in."""
         self._step = 0
-        self._places: list[_Place | None] = []
+        self._room: Capacity | None = None
+        self._places: list[Place | None] = []
         self._origins: list[int | None] | None = None
         self._memory.clear()
         self._selects = False
@@ -91,6 +61,22 @@ class DecodeBatch:
     def signature(self) -> tuple[int, bool]:
         """As long as it is the same, `attend` launches the same operators on the same memory."""
         return self._memory.version, self._selects
+
+    def hold(self, room: Capacity) -> None:
+        """Its memory has room for this from now on, whatever the sequences need, who need no more.
+
+        Where that is another room than before, the memory that was held is free on return.
+        """
+        if room != self._room:
+            self._add_up_misses()
+            self._room = room
+            self._memory.clear()
+
+    def vacate(self, index: int) -> None:
+        """Lets the sequence at a place go: nothing of it is kept, or pointed to."""
+        self._places[index] = None
+        if self._memory.tables is not None:
+            self._memory.tables.clear(index)
 
     def prepare(self, layers: Sequence_[Sequence_[Sequence | None]], rotations: Rotations) -> bool:
         """Makes one more token of every sequence possible, and counts it; `attend` of each layer then takes it.
@@ -160,7 +146,7 @@ class DecodeBatch:
         self._origins = None
         held = self._places if len(columns) == len(self._places) else [None] * len(columns)
         self._places = [
-            place if place is not None and place.holds(column) else _Place(column) if column else None
+            place if place is not None and place.holds(column) else Place(column) if column else None
             for place, column in zip(held, columns, strict=True)
         ]
         vacated = [index for index, place in enumerate(held) if place is not None and self._places[index] is None]
@@ -181,7 +167,7 @@ class DecodeBatch:
                 compressed |= len(place.sequences[0].segments) != num_segments
         return changed, compressed
 
-    def _sizes(self, place: _Place) -> StepSizes:
+    def _sizes(self, place: Place) -> StepSizes:
         num_context = place.num_compressed + place.sequences[0].tail.num_tokens + 1
         num_available = place.num_chunks - place.num_exact_chunks
         return step_sizes(self._config, num_context, num_available, self._device)
@@ -198,6 +184,9 @@ class DecodeBatch:
             num_selected=max(size.num_selected for size in sizes),
             num_slots=max(max(size.num_slots, size.num_candidates) for size in sizes),
         )
+        if self._room is not None:
+            assert self._room.holds(needed), "a sequence needs more than the batch was told to hold"
+            needed = self._room
         if needed.num_candidates > MAXIMUM_CANDIDATES:
             raise ValueError(f"operators choose among up to {MAXIMUM_CANDIDATES} chunks, not {needed.num_candidates}")
         moved = any(
@@ -205,7 +194,7 @@ class DecodeBatch:
             for index, (place, origin) in enumerate(zip(self._places, origins, strict=True))
         )
         if not self._memory.holds(needed, len(sizes)):
-            self._memory.enlarge(needed, places[0].sequences, origins)
+            self._memory.enlarge(needed, [self._geometry(part) for part in places[0].sequences], origins)
             changed = [index for index, place in enumerate(self._places) if place is not None]
         elif moved:
             self._memory.rearrange(origins)
@@ -217,7 +206,19 @@ class DecodeBatch:
         for index in vacated:
             self._memory.tables.clear(index)
 
-    def _count(self, place: _Place | None, sizes: StepSizes) -> StepNumbers:
+    def _geometry(self, sequence: Sequence) -> Geometry:
+        keys, values = sequence.tail.keys, sequence.tail.values
+        return Geometry(
+            num_kv_heads=keys.shape[0],
+            key_dim=keys.shape[2],
+            value_dim=values.shape[2],
+            chunk_size=self._config.chunk_size,
+            layout=sequence.layout,
+            dtype=keys.dtype,
+            device=self._device,
+        )
+
+    def _count(self, place: Place | None, sizes: StepSizes) -> StepNumbers:
         """Counts a sequence's new token, in all layers, and what the step does with it."""
         if place is None:
             return StepNumbers()

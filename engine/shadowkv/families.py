@@ -20,6 +20,8 @@ from longshadow.engine.shadowkv.rope import RotaryLayout, Rotation, rotate
 FULL_ATTENTION = "full_attention"
 STOCK_LAYER_TYPES = ("sliding_attention",)
 PROBE_POSITIONS = (0, 1, 5, 11, 30)
+# Kinds of RoPE whose angles depend on the longest sequence of a batch, beyond as many positions as this says.
+LENGTH_DEPENDENT_ROPE = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -169,3 +171,10 @@ def _probe(
             if float((rotate(plain, rotation, layout) - rotated).norm()) <= tolerance:
                 return layout, key_width
     raise ValueError(f"ShadowKV does not support {type(module).__name__}: its rotary embedding is of an unknown form")
+
+
+def rope_parameters(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """The rotary parameters of the configuration, one dictionary per kind of layer that has its own."""
+    parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]

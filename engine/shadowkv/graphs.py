@@ -17,13 +17,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
 from longshadow.engine.shadowkv.cache import ShadowKVCache
+from longshadow.engine.shadowkv.choice import why_not_ahead
 from longshadow.engine.shadowkv.layer import ShadowKVLayer
 
 logger = logging.get_logger(__name__)
 
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-# Kinds of RoPE whose angles depend on more than a token's own position.
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 class GraphedForward:
@@ -36,10 +35,16 @@ class GraphedForward:
     def __init__(self, forward: Forward, device: torch.device) -> None:
         self._forward = forward
         self._captures = device.type == "cuda"
-        self._pool: Any = torch.cuda.graph_pool_handle() if self._captures else None
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._ids = torch.empty(0, 1, dtype=torch.long, device=device)
         self._positions = torch.empty_like(self._ids)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all graphs; their memory is free then."""
+        self._graphs.clear()
+        # A pool without graphs cannot be shared any more while a result out of it is still held.
+        self._pool: Any = torch.cuda.graph_pool_handle() if self._captures else None
 
     @property
     def num_graphs(self) -> int:
@@ -49,7 +54,7 @@ class GraphedForward:
     def run(self, ids: torch.Tensor, positions: torch.Tensor, signature: tuple[int, bool]) -> torch.Tensor:
         """The logits; the next run overwrites them. `signature`: of `DecodeBatch`, after `prepare`."""
         if self._ids.shape != ids.shape:
-            self._graphs.clear()
+            self.clear()
             self._ids, self._positions = torch.empty_like(ids), torch.empty_like(ids)
         self._ids.copy_(ids)
         self._positions.copy_(positions)
@@ -64,7 +69,8 @@ class GraphedForward:
 
     def _capture(self, signature: tuple[int, bool]) -> None:
         # Memory of an older version is gone, and will not come back.
-        self._graphs = {held: graph for held, graph in self._graphs.items() if held[0] == signature[0]}
+        if any(held[0] != signature[0] for held in self._graphs):
+            self.clear()
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads may allocate meanwhile.
@@ -138,17 +144,8 @@ class DecodeGraphs:
 
 def why_not(model: PreTrainedModel, cache: ShadowKVCache) -> str | None:
     """Why steps of `model` cannot be prepared ahead of their launches; None where they can."""
-    if cache.state.batch is None:
-        return "operators do not run"
-    if not all(isinstance(layer, ShadowKVLayer) for layer in cache.layers):
-        return "the model has layers with sliding windows, whose caches move"
-    parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    kinds = {rope.get("rope_type") for rope in nested or [parameters]}
-    for kind in LENGTH_DEPENDENT_ROPE:
-        if kind in kinds:
-            return f"angles of {kind} RoPE depend on the length of the batch"
-    return None
+    has_windows = not all(isinstance(layer, ShadowKVLayer) for layer in cache.layers)
+    return why_not_ahead(model, cache.state.batch, has_windows=has_windows)
 
 
 @contextmanager
