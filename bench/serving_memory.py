@@ -10,7 +10,8 @@ from bench.record import Row
 from bench.session import Session
 from bench.synthetic import LLAMA_3_1_8B, make_tokens
 from longshadow import ShadowKVConfig
-from longshadow.engine.runtime.accounting import Accounting, LayerShape
+from longshadow.engine.runtime.accounting import Accounting
+from longshadow.engine.runtime.shapes import LayerShape
 from longshadow.engine.runtime.state import SequenceState
 from longshadow.engine.shadowkv.exact import AttentionParameters
 

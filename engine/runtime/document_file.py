@@ -21,9 +21,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from longshadow.engine.runtime.accounting import Accounting, LayerShape, Start
+from longshadow.engine.runtime.accounting import Accounting
 from longshadow.engine.runtime.documents import Document
 from longshadow.engine.runtime.errors import DocumentError
+from longshadow.engine.runtime.shapes import LayerShape, Start
 from longshadow.engine.runtime.state import SHARED_BY_ALL, SequenceState
 from longshadow.engine.runtime.windows import WindowSequence
 from longshadow.engine.shadowkv.sequence import Sequence
@@ -282,7 +283,7 @@ def _segment_tensors(
 ) -> Expected:
     config, heads = accounting.config, layer.num_kv_heads
     chunk, num_chunks = config.chunk_size, num_tokens // config.chunk_size
-    num_exact = accounting.num_exact_chunks(num_tokens, first)
+    num_exact = accounting.sizes.num_exact_chunks(num_tokens, first)
     values, factors = config.value_dtype, config.factor_dtype
     expected: Expected = {
         f"{prefix}.exact chunks.0": (torch.int64, (heads, num_exact)),
@@ -293,7 +294,7 @@ def _segment_tensors(
     }
     if config.key_store == "exact":
         return expected | _rows(f"{prefix}.keys", (heads * num_chunks, chunk, layer.key_dim), dtype, packed=values)
-    allowed = accounting.rank(layer, num_tokens, first)
+    allowed = accounting.sizes.rank(layer, num_tokens, first)
     if not (1 <= rank <= allowed if config.rank_energy is not None else rank == allowed):
         raise DocumentError(f"its header is damaged: rank {rank}")
     return expected | {

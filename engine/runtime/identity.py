@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from longshadow.engine.runtime.accounting import LayerShape
+from longshadow.engine.runtime.shapes import LayerShape
 from longshadow.engine.shadowkv import ShadowKVConfig
 from longshadow.engine.shadowkv.families import rope_parameters
 

@@ -112,7 +112,7 @@ class LLM:
                 self._accounting,
                 budget,
                 fixed=Bytes(device=self._runner.rotation_bytes + workspace),
-                prefixes=PrefixCache(share, self._accounting.stored) if prefix_cache else None,
+                prefixes=PrefixCache(share, self._accounting.sizes.stored) if prefix_cache else None,
                 max_num_seqs=max_num_seqs,
                 max_prefill_tokens=max_prefill_tokens,
                 max_num_waiting=max_num_waiting,

@@ -9,8 +9,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from longshadow.engine.runtime.accounting import LayerShape
 from longshadow.engine.runtime.batch import BatchCache, BatchLayer, Chunk, Work
+from longshadow.engine.runtime.shapes import LayerShape
 from longshadow.engine.runtime.state import BlockedEnergy, LayerSequence, SequenceState
 from longshadow.engine.runtime.windows import WindowSequence
 from longshadow.engine.shadowkv import ShadowKVConfig

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from longshadow.engine.runtime.accounting import Start
+from longshadow.engine.runtime.shapes import Start
 from longshadow.engine.runtime.windows import WindowSequence
 from longshadow.engine.shadowkv.memory import MemoryReport, report
 from longshadow.engine.shadowkv.query_weights import QueryEnergy

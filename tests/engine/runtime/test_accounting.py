@@ -4,12 +4,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longshadow import ShadowKVConfig
-from longshadow.engine.runtime.accounting import Accounting, LayerShape, Start, plan_of
+from longshadow.engine.ops import operators
+from longshadow.engine.runtime.accounting import Accounting
+from longshadow.engine.runtime.layer_plan import LayerPlan
 from longshadow.engine.runtime.memory import Bytes
+from longshadow.engine.runtime.shapes import LayerShape, Start
 from longshadow.engine.runtime.state import SequenceState
+from longshadow.engine.shadowkv.batch_memory import batch_bytes
+from longshadow.engine.shadowkv.decode import StepCounts
+from longshadow.engine.shadowkv.decode_batch import DecodeBatch
 from longshadow.engine.shadowkv.exact import AttentionParameters
 from longshadow.engine.shadowkv.rope import RotaryLayout, Rotation
 from longshadow.engine.shadowkv.sequence import Sequence
+from longshadow.engine.shadowkv.step_buffers import Geometry
 
 HEADS, KEY_DIM, VALUE_DIM = 2, 8, 4
 SHAPE = LayerShape(num_kv_heads=HEADS, key_dim=KEY_DIM, value_dim=VALUE_DIM, itemsize=4)
@@ -36,15 +43,21 @@ configs = st.builds(
 )
 
 
-class Grown:
-    """A real sequence and the plan of one, which take the same steps."""
+def plan_of(accounting: Accounting, start: Start | None = None) -> LayerPlan:
+    plan = accounting.plan(SHAPE, start or Start(), 10**6)
+    assert isinstance(plan, LayerPlan)
+    return plan
 
-    def __init__(self, config: ShadowKVConfig) -> None:
-        self.config = config
-        self.accounting = Accounting([SHAPE], config, CPU)
-        self.sequence = Sequence(config=config, layout=LAYOUT, segment_tokens=self.accounting.segment_tokens)
+
+class Grown:
+    """A real sequence and the plan of one, which take the same steps; with a `batch`, in it."""
+
+    def __init__(self, config: ShadowKVConfig, batch: DecodeBatch | None = None) -> None:
+        self.config, self.batch = config, batch
+        self.accounting = Accounting([SHAPE], config, CPU, is_batched=batch is not None)
+        self.sequence = Sequence(config=config, layout=LAYOUT, segment_tokens=self.accounting.sizes.segment_tokens)
         self.generator = torch.Generator().manual_seed(0)
-        self.plan = plan_of(SHAPE, self.accounting, Start(), 10**6)
+        self.plan = plan_of(self.accounting)
 
     def tokens(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         return (
@@ -67,6 +80,10 @@ class Grown:
         """The most the sequence holds meanwhile."""
         most = self.held()
         for step in range(count):
+            if self.batch is not None:
+                self._decode_batched(self.batch, attends=(count - step) % 10 == 1)
+                most = most.at_least(self.held())
+                continue
             self.sequence.append(*self.tokens(1), self.rotations)
             if (count - step) % 10 == 1:
                 query = torch.randn(2 * HEADS, KEY_DIM, generator=self.generator)
@@ -74,6 +91,15 @@ class Grown:
             most = most.at_least(self.held())
         self.plan.generate(count)
         return most
+
+    def _decode_batched(self, batch: DecodeBatch, *, attends: bool) -> None:
+        batch.prepare([[self.sequence]], lambda layer, place: self.rotations)
+        keys, values = self.tokens(1)
+        if attends:
+            query = torch.randn(1, 2 * HEADS, KEY_DIM, generator=self.generator)
+            batch.attend(0, query, keys.transpose(0, 1), values.transpose(0, 1), AttentionParameters(scaling=0.3))
+        else:
+            self.sequence.tail.keys[:, -1:], self.sequence.tail.values[:, -1:] = keys, values
 
     def held(self) -> Bytes:
         state = SequenceState(layers=[self.sequence], num_tokens=self.sequence.num_tokens)
@@ -94,6 +120,38 @@ def test_predicts_every_byte(config: ShadowKVConfig, num_prompt: int, num_new: i
     assert grown.plan.largest.host == most.host
 
 
+@given(
+    config=configs.filter(lambda config: config.key_store == "low_rank"),
+    num_prompt=st.integers(1, 400),
+    num_new=st.integers(1, 200),
+)
+@settings(max_examples=15, deadline=None)
+def test_predicts_every_byte_of_a_batch(config: ShadowKVConfig, num_prompt: int, num_new: int) -> None:
+    """Of the sequence, and of the memory that it decodes in, which never has to grow."""
+    batch = DecodeBatch(operators(CPU, "reference"), config, CPU)
+    grown = Grown(config, batch)
+    room = grown.accounting.need(num_prompt, num_new).room
+    batch.hold(room)
+    grown.read(num_prompt)
+    most = grown.decode(num_new)
+    assert grown.plan.held == grown.held() and grown.plan.room == room
+    tail = (num_prompt + num_new) * 2 * SHAPE.token_bytes
+    assert most.device <= grown.plan.largest.device <= most.device + tail
+    assert grown.plan.largest.host == most.host
+    geometry = Geometry(
+        num_kv_heads=HEADS,
+        key_dim=KEY_DIM,
+        value_dim=VALUE_DIM,
+        chunk_size=config.chunk_size,
+        layout=LAYOUT,
+        dtype=torch.float32,
+        device=CPU,
+    )
+    batch.add_hits_to(StepCounts())
+    held = sum(tensor.nbytes for tensors in batch.tensors().values() for tensor in tensors)
+    assert held == batch_bytes(config, [geometry], 2 * HEADS, room, 1)
+
+
 @given(config=configs, num_prompt=st.integers(1, 300), num_turn=st.integers(1, 700))
 @settings(max_examples=25, deadline=None)
 def test_a_later_turn_and_a_restored_document(config: ShadowKVConfig, num_prompt: int, num_turn: int) -> None:
@@ -101,10 +159,10 @@ def test_a_later_turn_and_a_restored_document(config: ShadowKVConfig, num_prompt
     grown.read(num_prompt)
     grown.read(num_turn)
     start = SequenceState(layers=[grown.sequence]).start
-    resident = grown.plan._resident_bytes()  # type: ignore[union-attr]
+    resident = grown.plan.resident_bytes
     assert grown.accounting.document(start) - Bytes(device=resident) == grown.held()
     copy = SequenceState(layers=[grown.sequence]).fork(10**6)
-    plan = plan_of(SHAPE, grown.accounting, start, 10**6)
+    plan = plan_of(grown.accounting, start)
     own = sum(tensor.nbytes for tensor in [*copy.layers[0].tail.tensors, *copy.layers[0].query_energy.tensors])  # type: ignore[union-attr]
     assert plan.held - Bytes(device=resident) == Bytes(device=own)
 
