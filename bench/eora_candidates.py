@@ -10,16 +10,40 @@ from torch import nn
 
 from longshadow.compress.allocation import LayerGains, allocate
 from longshadow.compress.blocks import first_inputs, run_block
-from longshadow.compress.matching import stages_of
-from longshadow.compress.measure import Calibrator, MeasuredLayer
-from longshadow.compress.pipeline import RANK_MULTIPLE, SENSITIVITY_SAMPLES
+from longshadow.compress.criterion import Criterion
+from longshadow.compress.matching import block_weights, stages_of
+from longshadow.compress.measure import MeasuredLayer
+from longshadow.compress.pipeline import RANK_MULTIPLE, SENSITIVITY_SAMPLES, SHRINKAGE, layer_weight
 from longshadow.compress.sensitivity import output_sensitivity
-from longshadow.compress.solver import Factors, cast_factors, factors_of, solve, spectrum_of, weighted
+from longshadow.compress.solver import Factors, Spectrum, factors_along
 from longshadow.compress.statistics import InputMoments
 
-EORA, SPREAD, FISHER = "EoRA", "EoRA, ranks spread", "Fisher"
+EORA, PUBLISHED, FISHER = "EoRA", "EoRA as published", "Fisher"
+EORA_SPREAD, FISHER_SPREAD = "EoRA, ranks spread", "Fisher, ranks spread"
 DIAGONAL, SVD, GPTQMODEL = "diagonal", "SVD", "as in GPTQModel"
-METHODS = (EORA, SPREAD, DIAGONAL, SVD, FISHER, GPTQMODEL)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A criterion, and whether ranks are spread over the layers."""
+
+    criterion: Criterion
+    spread: bool = False
+
+
+WAYS = {
+    EORA: Way(Criterion(shrinkage=SHRINKAGE)),
+    EORA_SPREAD: Way(Criterion(shrinkage=SHRINKAGE), spread=True),
+    FISHER: Way(Criterion(method="fisher", shrinkage=SHRINKAGE)),
+    FISHER_SPREAD: Way(Criterion(method="fisher", shrinkage=SHRINKAGE), spread=True),
+    PUBLISHED: Way(Criterion()),
+    DIAGONAL: Way(Criterion(method="diagonal")),
+    SVD: Way(Criterion(method="svd")),
+}
+# What `longshadow compensate` does unless told otherwise, and what it must not be worse than.
+DEFAULT = FISHER_SPREAD
+BASELINES = (PUBLISHED, DIAGONAL, SVD, GPTQMODEL)
+METHODS = (*WAYS, GPTQMODEL)
 
 Candidate = dict[str, Factors]
 
@@ -50,74 +74,68 @@ class Measured:
 def measure(original: nn.Module, quantized: nn.Module, samples: torch.Tensor) -> Measured:
     """On the inputs that the quantised model's own blocks give, which is one measurement for all candidates."""
     measured = Measured()
-    calibrator = Calibrator(only_inputs=True)
     hidden = first_inputs(quantized, samples)
     for stage in stages_of(original, quantized, head=False):
-        layers = calibrator.measure(stage.original, stage.quantized, hidden, stage.name)
-        recent = {id(layer.moments): RecentMoments(layer.residual.shape[1], len(samples)) for layer in layers.values()}
-        first = {id(layer.moments): name for name, layer in reversed(layers.items())}
+        weights = block_weights(stage.original, stage.quantized, hidden, stage.name)
+        widths = {group[0]: weights.original[group[0]].shape[1] for group in weights.groups}
+        plain = {first: InputMoments(width) for first, width in widths.items()}
+        recent = {first: RecentMoments(width, len(samples)) for first, width in widths.items()}
 
-        def count(name: str, module: nn.Module, inputs: torch.Tensor, first=first, recent=recent) -> None:  # type: ignore[no-untyped-def]
-            for key, member in first.items():
-                if member == name:
-                    recent[key].add(inputs)
+        def count(name: str, module: nn.Module, inputs: torch.Tensor, plain=plain, recent=recent) -> None:  # type: ignore[no-untyped-def]
+            if name in plain:
+                plain[name].add(inputs)
+                recent[name].add(inputs)
 
         hidden = run_block(stage.quantized, hidden, count)
-        for name, layer in layers.items():
-            measured.layers[stage.names[name]] = layer
-            measured.recent[stage.names[name]] = recent[id(layer.moments)]
+        residuals = weights.residuals()
+        for group in weights.groups:
+            moments = plain[group[0]]
+            for name in group:
+                weight = weights.original[name]
+                energy = float(((weight.double() @ moments.matrix) * weight).sum())
+                measured.layers[stage.names[name]] = MeasuredLayer(
+                    weight=weight, residual=residuals[name], moments=moments, output_energy=energy
+                )
+                measured.recent[stage.names[name]] = recent[group[0]]
     measured.sensitivity = output_sensitivity(original, list(measured.layers), samples[:SENSITIVITY_SAMPLES])
     return measured
 
 
 def candidates(measured: Measured, method: str, ranks: tuple[int, ...], dtype: torch.dtype) -> Mapping[int, Candidate]:
     """The compensations of one method, by their rank; with ranks spread, those of as many weights as that rank's."""
-    if method == SPREAD:
-        return _spread(measured, ranks, dtype)
     found: dict[int, Candidate] = {rank: {} for rank in ranks}
-    for name, layer in measured.layers.items():
-        assert isinstance(layer.moments, InputMoments)
-        if method == GPTQMODEL:
+    if method == GPTQMODEL:
+        for name, layer in measured.layers.items():
             b, a = gptqmodel_factors(layer.residual, measured.recent[name].matrix)
             for rank in ranks:
                 found[rank][name] = Factors(lora_b=b[:, :rank].to(dtype), lora_a=a[:rank].to(dtype))
-        elif method == FISHER:
-            for rank in ranks:
-                weights = measured.sensitivity[name]
-                found[rank][name] = solve(
-                    layer.residual, layer.moments, rank, method="fisher", output_weights=weights, dtype=dtype
-                )
-        else:
-            kind = {EORA: "eora", DIAGONAL: "diagonal", SVD: "svd"}[method]
-            moments = InputMoments.of(weighted(kind, layer.moments.matrix))  # type: ignore[arg-type]
-            spectrum = spectrum_of(layer.residual, moments)
-            for rank in ranks:
-                factors = factors_of(layer.residual, spectrum.directions[:, :rank])
-                found[rank][name] = cast_factors(factors, layer.residual, moments, dtype)
+        return found
+    way = WAYS[method]
+    spectra = {
+        name: layer.spectrum(way.criterion, measured.sensitivity[name]) for name, layer in measured.layers.items()
+    }
+    chosen = {rank: _ranks(measured, way, spectra, rank) for rank in ranks}
+    for name, layer in measured.layers.items():
+        objective = way.criterion.objective(layer.residual, layer.moments, measured.sensitivity[name])
+        for rank in ranks:
+            if chosen[rank][name]:
+                directions = spectra[name].directions[:, : chosen[rank][name]]
+                found[rank][name] = factors_along(objective, directions, layer.residual, dtype)
     return found
 
 
-def _spread(measured: Measured, ranks: tuple[int, ...], dtype: torch.dtype) -> Mapping[int, Candidate]:
-    spectra = {name: layer.spectrum() for name, layer in measured.layers.items()}
+def _ranks(measured: Measured, way: Way, spectra: Mapping[str, Spectrum], rank: int) -> dict[str, int]:
+    if not way.spread:
+        return dict.fromkeys(spectra, rank)
     gains = {
-        name: LayerGains(gains=spectra[name].gains, cost=sum(layer.residual.shape), weight=1 / layer.output_energy)
+        name: LayerGains(
+            gains=spectra[name].gains,
+            cost=sum(layer.residual.shape),
+            weight=layer_weight(way.criterion, layer.output_energy),
+        )
         for name, layer in measured.layers.items()
     }
-    found: dict[int, Candidate] = {}
-    for rank in ranks:
-        budget = rank * sum(layer.cost for layer in gains.values())
-        chosen = allocate(gains, budget, multiple=RANK_MULTIPLE)
-        found[rank] = {
-            name: cast_factors(
-                factors_of(layer.residual, spectra[name].directions[:, : chosen[name]]),
-                layer.residual,
-                layer.moments,
-                dtype,
-            )
-            for name, layer in measured.layers.items()
-            if chosen[name]
-        }
-    return found
+    return allocate(gains, rank * sum(layer.cost for layer in gains.values()), multiple=RANK_MULTIPLE)
 
 
 def gptqmodel_factors(residual: torch.Tensor, moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,13 +14,13 @@ from longshadow import __version__
 from longshadow.compress.adapters.files import save_adapter
 from longshadow.compress.blocks import LowRankTerms
 from longshadow.compress.calibration import Splits, read_documents, split_blocks
+from longshadow.compress.criterion import Method
 from longshadow.compress.evaluation import ORIGINAL, Quality, Variant, difference, qualities
 from longshadow.compress.options import CompensationOptions
 from longshadow.compress.pipeline import Compensation, compensate
 from longshadow.compress.planning import num_layer_weights, plan_compensation
 from longshadow.compress.report import report_files
 from longshadow.compress.shards import Shards
-from longshadow.compress.solver import Method
 from longshadow.compress.storage import is_plain
 from longshadow.model_sources import model_files
 from longshadow.models import LoadedModel, load_model
@@ -75,6 +75,7 @@ def run_compensation(
         "original": original,
         "quantized": quantized,
         "method": method,
+        "shrinkage": options.shrinkage,
         "selection": selection,
         "calibration": {"text": options.calibration, "samples": len(splits.calibration)},
         "sequence_length": options.sequence_length,
@@ -111,6 +112,7 @@ def _compensated(
         budget=budget,
         uniform=options.uniform_rank,
         method=method,
+        shrinkage=options.shrinkage,
         propagate=options.propagate,
         head=options.lm_head,
         dtype=options.dtype,

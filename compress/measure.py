@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from longshadow.compress.blocks import HiddenStates, run_block
+from longshadow.compress.criterion import AS_PUBLISHED, Criterion
 from longshadow.compress.matching import block_weights
-from longshadow.compress.solver import Factors, Method, Spectrum, error_left, refit_b, solve, spectrum_of
+from longshadow.compress.solver import Factors, Spectrum, error_left, refit_b, solve, spectrum_of
 from longshadow.compress.statistics import (
     ErrorMoments,
     InputMoments,
@@ -47,9 +48,10 @@ class MeasuredLayer:
         """What the quantised layer is given where the watched one is given this."""
         return watched if self.input_scale is None else watched / self.input_scale
 
-    def spectrum(self) -> Spectrum:
-        """Of its error."""
-        return spectrum_of(self.residual, self.moments)
+    def spectrum(self, criterion: Criterion, output_weights: torch.Tensor | None) -> Spectrum:
+        """Of its error, as the criterion weighs it."""
+        objective = criterion.objective(self.residual, self.moments, output_weights)
+        return spectrum_of(objective.target, objective.moments)
 
     def error(self) -> float:
         """E ||R x||^2."""
@@ -64,11 +66,11 @@ class Calibrator:
 
     Attributes:
         of_original: watch the original's block, run over the original's hidden states.
-        only_inputs: count inputs even where errors are cheaper, as methods other than EoRA need them.
+        criterion: what the factors are to make small.
     """
 
     of_original: bool = False
-    only_inputs: bool = False
+    criterion: Criterion = AS_PUBLISHED
 
     def measure(
         self, original: nn.Module, quantized: nn.Module, hidden: HiddenStates, name: str
@@ -91,7 +93,7 @@ class Calibrator:
                 continue
             width, device = residuals[members[0]].shape[1], residuals[members[0]].device
             shared = InputMoments(width, device=device)
-            cheaper = self.only_inputs or input_moments_are_cheaper(width, [len(residuals[it]) for it in members])
+            cheaper = input_moments_are_cheaper(width, [len(residuals[it]) for it in members])
             counting.update(members[:1] if cheaper else members)
             for member in members:
                 layers[member] = MeasuredLayer(
@@ -126,11 +128,10 @@ class Calibrator:
         block: nn.Module,
         hidden: HiddenStates,
         ranks: dict[str, int],
-        method: Method,
         sensitivity: dict[str, torch.Tensor],
         dtype: torch.dtype,
     ) -> dict[str, tuple[Factors | None, LayerReport]]:
-        """Factors of all layers, none for rank 0, with each layer's error relative to its output.
+        """Factors of all layers, none for rank 0, with each layer's plain error relative to its output.
 
         Layers whose errors alone were counted get their B after a second pass over `block`, the one that was watched.
         """
@@ -142,7 +143,7 @@ class Calibrator:
                     layer.residual,
                     layer.moments,
                     ranks[name],
-                    method=method,
+                    criterion=self.criterion,
                     output_weights=sensitivity.get(name),
                     dtype=dtype,
                 )
@@ -157,7 +158,10 @@ class Calibrator:
         if second:
             run_block(block, hidden, count)
         for name, moments in second.items():
-            factors[name] = refit_b(factors[name], moments)
+            # Those of plain SVD are the best for any inputs, as far as rounding goes.
+            if self.criterion.method != "svd":
+                share, energies = self.criterion.share, measured[name].moments.energies
+                factors[name] = refit_b(factors[name], moments.shrunk(share, energies))
         seen |= second
         solved = {}
         for name, layer in measured.items():

@@ -5,8 +5,8 @@ from typing import Literal
 
 import torch
 
-from longshadow.compress.pipeline import METHODS, Propagate
-from longshadow.compress.solver import Method
+from longshadow.compress.criterion import METHODS, Method
+from longshadow.compress.pipeline import SHRINKAGE, Propagate
 
 Choice = Method | Literal["best"]
 BYTES_PER_MB = 1_000_000
@@ -25,6 +25,7 @@ class CompensationOptions:
     budget_bpw: float | None = None
     uniform_rank: bool = False
     method: Choice = "eora"
+    shrinkage: float = SHRINKAGE
     lm_head: bool = False
     calibration: str = "builtin"
     sequence_length: int = 512
@@ -49,6 +50,8 @@ class CompensationOptions:
                 raise ValueError(f"{name} must be above 0, got {amount:g}")
         if self.uniform_rank and not self.has_budget:
             raise ValueError("--uniform-rank goes with --budget-mb or --budget-bpw: a --rank is uniform anyway")
+        if not 0 <= self.shrinkage <= 1:
+            raise ValueError(f"--shrinkage must be from 0 to 1, got {self.shrinkage:g}")
         if self.method not in (*METHODS, "best"):
             raise ValueError(f"--method must be one of {', '.join(METHODS)} and best, got {self.method!r}")
 

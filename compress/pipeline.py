@@ -17,16 +17,18 @@ from longshadow.compress.blocks import (
     linear_layers,
     run_block,
 )
+from longshadow.compress.criterion import Criterion, Method
 from longshadow.compress.experts import LeftOut, left_out
 from longshadow.compress.matching import Stage, stages_of
 from longshadow.compress.measure import Calibrator, LayerReport
 from longshadow.compress.sensitivity import output_sensitivity
 from longshadow.compress.shards import Shards
-from longshadow.compress.solver import Factors, Method
+from longshadow.compress.solver import Factors
 
 Propagate = Literal["sequential", "quantized", "original"]
-METHODS: tuple[Method, ...] = ("eora", "diagonal", "svd", "fisher")
 RANK_MULTIPLE = 8
+# Half-way is better than either end at every rank (bench/tables/eora_quality.py), and hardly worse than its neighbours.
+SHRINKAGE = 0.5
 # Squared gradients settle with far fewer tokens than second moments of inputs do.
 SENSITIVITY_SAMPLES = 8
 
@@ -57,6 +59,7 @@ def compensate(
     budget: int | None = None,
     uniform: bool = False,
     method: Method = "eora",
+    shrinkage: float = SHRINKAGE,
     propagate: Propagate = "sequential",
     head: bool = False,
     dtype: torch.dtype = torch.bfloat16,
@@ -69,10 +72,10 @@ def compensate(
         original, quantized: models of one architecture; their blocks are compared by name.
         samples: token ids [samples, length] of calibration text, without padding.
         rank: of every layer, or None with a `budget`.
-        budget: weights of all factors together, spread over layers by what they take away from each one's relative
-            error, in ranks of whole eights.
+        budget: weights of all factors together, spread over layers by what they take away from each one's error, in
+            ranks of whole eights; errors of "fisher" count as they are, others relative to the layer's output.
         uniform: give all layers the largest rank, of whole eights, that the budget allows.
-        method: "eora"; "diagonal" and "svd", to compare with; "fisher", which weighs outputs by the loss's gradients.
+        method, shrinkage: of the `Criterion`.
         propagate: what a block is given: "sequential", the outputs of compensated blocks before it, "quantized",
             those of uncompensated ones, or "original", those of the original's.
         head: compensate the language-model head, too.
@@ -85,15 +88,14 @@ def compensate(
     """
     if (rank is None) == (budget is None):
         raise ValueError("give either a rank or a budget")
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if samples.dim() != 2 or samples.numel() == 0:
         raise ValueError(f"samples must be token ids [samples, length], got {list(samples.shape)}")
     stages = stages_of(original, quantized, head=head)
     experts = left_out(original, quantized)
     if experts is not None:
         logger.warning("%s", experts)
-    calibrator = Calibrator(of_original=propagate == "original", only_inputs=method != "eora")
+    criterion = Criterion(method=method, shrinkage=shrinkage)
+    calibrator = Calibrator(of_original=propagate == "original", criterion=criterion)
     start = first_inputs(original if propagate == "original" else quantized, samples)
     num_done, num_steps = 0, len(stages) * (1 if budget is None or uniform else 2)
 
@@ -105,14 +107,15 @@ def compensate(
 
     if budget is not None and uniform:
         rank = _uniform_rank(stages, budget)
-    ranks: dict[str, int] | None = None
-    if rank is None:
-        assert budget is not None
-        ranks = allocate(_gains(stages, calibrator, start, shards, done), budget, multiple=RANK_MULTIPLE)
     sensitivity: dict[str, torch.Tensor] = {}
     if method == "fisher":
         names = [name for stage in stages for name in stage.names.values()]
         sensitivity = output_sensitivity(original, names, samples[:SENSITIVITY_SAMPLES])
+    ranks: dict[str, int] | None = None
+    if rank is None:
+        assert budget is not None
+        gains = _gains(stages, calibrator, start, sensitivity, shards, done)
+        ranks = allocate(gains, budget, multiple=RANK_MULTIPLE)
     result = Compensation(left_out=experts)
     hidden = start
     for stage in stages:
@@ -125,8 +128,7 @@ def compensate(
                 stage.original if calibrator.of_original else stage.quantized,
                 hidden,
                 {name: it for name, it in wanted.items() if it is not None},
-                method,
-                {name: sensitivity[whole] for name, whole in stage.names.items() if whole in sensitivity},
+                _of_stage(sensitivity, stage),
                 dtype,
             )
             if shards is not None:
@@ -172,16 +174,28 @@ def _uniform_rank(stages: list[Stage], budget: int) -> int:
     return rank
 
 
+def _of_stage(sensitivity: dict[str, torch.Tensor], stage: Stage) -> dict[str, torch.Tensor]:
+    return {name: sensitivity[whole] for name, whole in stage.names.items() if whole in sensitivity}
+
+
 def _gains(
-    stages: list[Stage], calibrator: Calibrator, hidden: HiddenStates, shards: Shards | None, done: Callable[[], None]
+    stages: list[Stage],
+    calibrator: Calibrator,
+    hidden: HiddenStates,
+    sensitivity: dict[str, torch.Tensor],
+    shards: Shards | None,
+    done: Callable[[], None],
 ) -> dict[str, LayerGains]:
-    """Of all layers, without compensation before them; relative to each one's output, so that large ones do not win."""
+    """Of all layers, without compensation before them."""
     gains = {}
     for stage in stages:
         saved = None if shards is None else shards.load(f"gains_{stage.number:05d}")
         if saved is None:
             measured = calibrator.measure(stage.original, stage.quantized, hidden, stage.name)
-            tensors = {name: layer.spectrum().gains for name, layer in measured.items()}
+            weights = _of_stage(sensitivity, stage)
+            tensors = {
+                name: layer.spectrum(calibrator.criterion, weights.get(name)).gains for name, layer in measured.items()
+            }
             facts = {name: layer.output_energy for name, layer in measured.items()}
             if shards is not None:
                 shards.save(f"gains_{stage.number:05d}", tensors, facts)
@@ -190,12 +204,21 @@ def _gains(
         layers = linear_layers(stage.quantized)
         for name, energy in facts.items():
             gains[stage.names[name]] = LayerGains(
-                gains=tensors[name], cost=sum(layer_shape(layers[name])), weight=1 / energy if energy else 0.0
+                gains=tensors[name],
+                cost=sum(layer_shape(layers[name])),
+                weight=layer_weight(calibrator.criterion, energy),
             )
         if stage is not stages[-1]:
             hidden = run_block(stage.original if calibrator.of_original else stage.quantized, hidden)
         done()
     return gains
+
+
+def layer_weight(criterion: Criterion, output_energy: float) -> float:
+    """Of a layer's error among the layers'."""
+    if criterion.method == "fisher":
+        return 1.0  # the loss's own gradients have weighed it
+    return 1 / output_energy if output_energy else 0.0
 
 
 def _save(shards: Shards, stage: Stage, solved: dict[str, tuple[Factors | None, LayerReport]]) -> None:

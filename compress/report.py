@@ -163,7 +163,7 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("original", report["original"]),
         ("quantised model", report["quantized"]),
-        ("method", report["method"]),
+        ("method", f"{report['method']}, shrinkage {report['shrinkage']:g}"),
         ("rank", shown),
         ("calibration", f"{calibration['samples']} x {report['sequence_length']} tokens of {calibration['text']}"),
         ("activations", report["propagate"]),

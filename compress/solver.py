@@ -2,20 +2,22 @@
 
 argmin over rank(B A) <= r of ||(R - B A) C^(1/2)||_F^2 with R = W - W_quantised and C = E[x x^T] is U U^T R, where U
 has the r leading eigenvectors of G = R C R^T. Any root T of C gives the same minimiser ([R T]_r T^-1), but none is
-needed: B = U, A = U^T R. The eigenvalues of G are what each rank takes away from the error.
+needed: B = U, A = U^T R. The eigenvalues of G are what each rank takes away from the error. A `Criterion` may weigh
+outputs, so that R is D^(1/2) R above, and B = D^(-1/2) U.
 
 Legend: n inputs of a layer, m outputs, r rank.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from longshadow.compress import krylov
+from longshadow.compress.criterion import AS_PUBLISHED, Criterion, Objective
 from longshadow.compress.statistics import InputMoments, Moments, RefitMoments
 
-Method = Literal["eora", "diagonal", "svd", "fisher"]
+# Of the largest root: below it, a direction says nothing exact about an output.
+SMALLEST_ROOT = 1e-8
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -86,15 +88,6 @@ def factors_of(residual: torch.Tensor, directions: torch.Tensor) -> Factors:
     return Factors(lora_b=directions, lora_a=directions.T @ residual.double())
 
 
-def weighted(method: Method, covariance: torch.Tensor) -> torch.Tensor:
-    """The C that a method minimises over: of EoRA the inputs' own, of LQER its diagonal, of plain SVD none."""
-    if method == "diagonal":
-        return torch.diag(covariance.diagonal())
-    if method == "svd":
-        return torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-    return covariance
-
-
 def cast_factors(factors: Factors, residual: torch.Tensor, moments: Moments, dtype: torch.dtype) -> Factors:
     """The factors in `dtype`, balanced, with B made anew for the A that rounding left, as far as C is known.
 
@@ -151,35 +144,35 @@ def solve(
     moments: Moments,
     rank: int,
     *,
-    method: Method = "eora",
+    criterion: Criterion = AS_PUBLISHED,
     output_weights: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Factors:
-    """The factors of one layer by one method, cast to `dtype`.
+    """The factors of one layer that are the best by a criterion, cast to `dtype`.
 
     Args:
         residual: [m, n], W - W_quantised.
-        moments: of the layer's inputs; for "eora" of its errors will do.
+        moments: of the layer's inputs or of its errors.
         rank: at least 1; more than min(m, n) gives min(m, n).
-        method: "eora"; "diagonal" as LQER, with C's diagonal; "svd" of the residual itself; "fisher", which weighs
-            outputs by `output_weights` [m], such as the mean squared gradients of the loss.
+        output_weights: [m], for the method "fisher", such as the mean squared gradients of the loss.
 
-    Raises ValueError for a rank below 1 and for factors that `dtype` cannot hold.
+    Raises ValueError for a rank below 1, for output weights that do not fit and for factors that `dtype` cannot hold.
     """
     if rank < 1:
         raise ValueError(f"the rank must be at least 1, got {rank}")
-    assert method == "eora" or isinstance(moments, InputMoments)
-    used, target = moments, residual.double()
-    if method in ("diagonal", "svd") and isinstance(moments, InputMoments):
-        used = InputMoments.of(weighted(method, moments.matrix))
-    if method == "fisher":
-        if output_weights is None or output_weights.shape != residual.shape[:1] or bool((output_weights < 0).any()):
-            raise ValueError(f"the method fisher needs {len(residual)} output weights of at least 0")
-        target = output_weights.double().sqrt().unsqueeze(1) * target
-    factors = factors_of(target, leading_directions(target, used, rank))
-    if method == "fisher" and isinstance(moments, InputMoments):
-        # Weights of rows change which A is best, but for a given A each row of B is a least-squares problem of its own.
-        lora_a = torch.nn.functional.normalize(factors.lora_a)
-        start = Factors(lora_b=residual.new_zeros(len(residual), len(lora_a), dtype=torch.float64), lora_a=lora_a)
-        factors = refit_b(start, RefitMoments.of(residual, lora_a, moments.matrix))
-    return cast_factors(factors, residual, used, dtype)
+    objective = criterion.objective(residual, moments, output_weights)
+    directions = leading_directions(objective.target, objective.moments, rank)
+    return factors_along(objective, directions, residual, dtype)
+
+
+def factors_along(
+    objective: Objective, directions: torch.Tensor, residual: torch.Tensor, dtype: torch.dtype
+) -> Factors:
+    """Factors in `dtype` for the leading directions [m, r] of an objective for the residual [m, n]."""
+    factors = factors_of(objective.target, directions)
+    roots = objective.output_roots
+    if roots is not None:
+        # The eigenvector's own entries vanish with the roots, so this divides by nothing small.
+        unweighted = directions / roots.clamp(min=SMALLEST_ROOT * float(roots.max())).unsqueeze(1)
+        factors = Factors(lora_b=unweighted, lora_a=factors.lora_a)
+    return cast_factors(factors, residual, objective.moments, dtype)

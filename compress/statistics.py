@@ -1,5 +1,9 @@
 """Second moments of what a layer is given, or of the error it makes with it: plain means over real tokens.
 
+`shrunk` moves them toward those of uncorrelated channels, C <- (1 - s) C + s diag(C). Correlations are the part that a
+few thousand tokens of one text tell least about, and the part that compensation itself changes, since it changes what
+later layers are given.
+
 Legend: N tokens, n inputs of a layer, m outputs; R [m, n] the residual, what quantisation took from the weight.
 """
 
@@ -14,6 +18,11 @@ class Moments(Protocol):
 
     num_tokens: int
 
+    @property
+    def energies(self) -> torch.Tensor:
+        """diag(C), the mean square of each input, [n]. Raises ValueError before the first token."""
+        ...
+
     def add(self, inputs: torch.Tensor) -> None:
         """Takes in real tokens [..., n]; padding has to be left out."""
         ...
@@ -24,6 +33,14 @@ class Moments(Protocol):
 
     def error_operator(self, residual: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """What multiplies a block [m, b] with G, in fp64, without making G where that is dear."""
+        ...
+
+    def shrunk(self, share: float) -> "Moments":
+        """Those of C moved by the share, 0 to 1, toward its diagonal."""
+        ...
+
+    def of_weighted_errors(self, roots: torch.Tensor) -> "Moments":
+        """Those for the residual whose rows are multiplied by the roots [m]."""
         ...
 
 
@@ -56,6 +73,11 @@ class InputMoments:
         """C. Raises ValueError before the first token."""
         return _mean(self._sum, self.num_tokens)
 
+    @property
+    def energies(self) -> torch.Tensor:
+        """As `Moments`."""
+        return self.matrix.diagonal()
+
     def error_gram(self, residual: torch.Tensor) -> torch.Tensor:
         """As `Moments`."""
         residual = residual.double()
@@ -67,31 +89,65 @@ class InputMoments:
         # Wide by tall products, the block's rows first, are faster on a CPU than tall by thin ones.
         return lambda block: (((block.T @ residual) @ matrix) @ residual.T).T
 
+    def shrunk(self, share: float) -> "InputMoments":
+        """As `Moments`."""
+        matrix = self.matrix
+        return InputMoments.of((1 - share) * matrix + share * torch.diag(self.energies))
+
+    def of_weighted_errors(self, roots: torch.Tensor) -> "InputMoments":
+        """As `Moments`: these, since they know nothing of the residual."""
+        return self
+
 
 class ErrorMoments:
     """G = mean (R x)(R x)^T over tokens, [m, m], of one residual: the smaller matrix where m is less than n."""
 
     def __init__(self, residual: torch.Tensor) -> None:
         self._residual = residual.float()
-        num_outputs = len(residual)
+        num_outputs, num_inputs = residual.shape
         self._sum = torch.zeros(num_outputs, num_outputs, dtype=torch.float64, device=residual.device)
+        self._squares = torch.zeros(num_inputs, dtype=torch.float64, device=residual.device)
         self.num_tokens = 0
+
+    @property
+    def energies(self) -> torch.Tensor:
+        """As `Moments`."""
+        return _mean(self._squares, self.num_tokens)
 
     def add(self, inputs: torch.Tensor) -> None:
         """Takes in real tokens [..., n]; padding has to be left out."""
-        errors = inputs.detach().flatten(0, -2).float() @ self._residual.T
+        tokens = inputs.detach().flatten(0, -2).float()
+        errors = tokens @ self._residual.T
         self._sum += (errors.T @ errors).double()
+        self._squares += tokens.square().sum(0).double()
         self.num_tokens += len(errors)
 
     def error_gram(self, residual: torch.Tensor) -> torch.Tensor:
         """As `Moments`, for the residual it was made for."""
-        assert torch.equal(residual.float(), self._residual)
+        assert torch.allclose(residual.float(), self._residual, rtol=1e-5, atol=0)
         return _mean(self._sum, self.num_tokens)
 
     def error_operator(self, residual: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """As `Moments`, for the residual it was made for."""
         gram = self.error_gram(residual)
         return lambda block: gram @ block
+
+    def shrunk(self, share: float) -> "ErrorMoments":
+        """As `Moments`."""
+        uncorrelated = ((self._residual * self.energies.float()) @ self._residual.T).double()
+        return self._with(self._residual, (1 - share) * _mean(self._sum, self.num_tokens) + share * uncorrelated)
+
+    def of_weighted_errors(self, roots: torch.Tensor) -> "ErrorMoments":
+        """As `Moments`."""
+        roots = roots.double()
+        gram = roots.unsqueeze(1) * _mean(self._sum, self.num_tokens) * roots
+        return self._with((roots.unsqueeze(1) * self._residual.double()).float(), gram)
+
+    def _with(self, residual: torch.Tensor, gram: torch.Tensor) -> "ErrorMoments":
+        """For another residual, as of one token."""
+        moments = ErrorMoments(residual)
+        moments._sum, moments._squares, moments.num_tokens = gram, self.energies, 1
+        return moments
 
 
 class RefitMoments:
@@ -121,6 +177,15 @@ class RefitMoments:
         self._cross += ((tokens @ self._residual.T).T @ reduced).double()
         self._inner += (reduced.T @ reduced).double()
         self.num_tokens += len(tokens)
+
+    def shrunk(self, share: float, energies: torch.Tensor) -> "RefitMoments":
+        """Those of C moved by the share toward its diagonal, which is `energies` [n]."""
+        moments = RefitMoments(self._residual, self._lora_a)
+        seen = energies.unsqueeze(1) * self._lora_a.double().T
+        moments._cross = (1 - share) * self.cross + share * (self._residual.double() @ seen)
+        moments._inner = (1 - share) * self.inner + share * (self._lora_a.double() @ seen)
+        moments.num_tokens = 1
+        return moments
 
     @property
     def cross(self) -> torch.Tensor:

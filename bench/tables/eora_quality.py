@@ -6,12 +6,12 @@ import copy
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from bench.eora_candidates import EORA, METHODS, Candidate, candidates, measure
+from bench.eora_candidates import BASELINES, DEFAULT, METHODS, WAYS, Candidate, candidates, measure
 from bench.prose import language_reference, library_docstrings
 from bench.quantisers import NormalFloat, Quantiser, TwoOfFour, num_block_weights, quantised
 from bench.record import Check, Row
@@ -27,11 +27,11 @@ from longshadow.compress.evaluation import (
     own_quality,
     quality_against,
 )
-from longshadow.compress.pipeline import compensate
+from longshadow.compress.pipeline import SHRINKAGE, compensate
 from longshadow.compress.rounding import RoundToNearest, finest_rounding
 from longshadow.models import load_model
 
-NONE = "none"
+NONE, ALL = "none", "all"
 CHECK_TOLERANCE = 1e-3
 CHECKED_BLOCKS = 2
 PARAGRAPHS_OF_A_DOCUMENT = 20
@@ -52,6 +52,7 @@ class Config:
     samples: int = 48
     judged: int = 256
     judged_samples: int = 16
+    selected_samples: int = 8
     threads: int = 2
 
 
@@ -88,7 +89,7 @@ def run(config: Config, session: Session) -> Outcome:
                 quantiser.name, partial(_measure_quantiser, model.model, quantiser, splits, judges, config, session)
             )
             rows += _rows(model.model, quantiser, unit["candidates"], judges, session)
-    return Outcome(rows=rows, check=check)
+    return Outcome(rows=rows + _summary(rows, config), check=check)
 
 
 def quantisers_of(config: Config) -> list[Quantiser]:
@@ -112,9 +113,8 @@ def text_blocks(tokenizer: Any, config: Config, device: str) -> Splits:
 @torch.no_grad()
 def judges_of(model: nn.Module, splits: Splits, config: Config) -> Judges:
     """Blocks of the judging parts, cut shorter, so that there are more of them to compare."""
-    selection, report = (
-        part.view(-1, config.judged)[: config.judged_samples] for part in (splits.selection, splits.report)
-    )
+    selection = splits.selection.view(-1, config.judged)[: config.selected_samples]
+    report = splits.report.view(-1, config.judged)[: config.judged_samples]
     return Judges(
         selection=selection,
         report=report,
@@ -153,7 +153,7 @@ def _rows(
     model: nn.Module, quantiser: Quantiser, found: list[dict[str, Any]], judges: Judges, session: Session
 ) -> list[Row]:
     alone = _mean(found[0]["divergences"])
-    eora = {it["rank"]: it["divergences"] for it in found if it["method"] == EORA}
+    default = {it["rank"]: it["divergences"] for it in found if it["method"] == DEFAULT}
     rows: list[Row] = []
     for it in found:
         bits = quantiser.bits_per_weight + 8 * ADAPTER_DTYPE.itemsize * it["num_weights"] / num_block_weights(model)
@@ -170,12 +170,26 @@ def _rows(
             mean, low, high = mean_and_interval(removed)
             row |= {"rank": it["rank"], "recovered": mean / alone, "low": low / alone, "high": high / alone}
             row["bits_instead"] = _of_bits(model, bits, judges, session)
-        if it["method"] not in (NONE, EORA) and it["rank"] in eora:
-            behind = [new - old for old, new in zip(eora[it["rank"]], it["divergences"], strict=True)]
+        if it["method"] not in (NONE, DEFAULT) and it["rank"] in default:
+            behind = [new - old for old, new in zip(default[it["rank"]], it["divergences"], strict=True)]
             mean, low, high = mean_and_interval(behind)
             row |= {"behind": mean, "behind_low": low, "behind_high": high}
         rows.append({key: value for key, value in row.items() if value is not None})
     return rows
+
+
+def _summary(rows: list[Row], config: Config) -> list[Row]:
+    """What each method leaves on the text for choosing, as a share, over all quantisers and ranks; to the default's."""
+    alone = {row["quantiser"]: row["selection"] for row in rows if row["method"] == NONE and "selection" in row}
+    shares = {
+        method: _geometric_mean([row["selection"] / alone[row["quantiser"]] for row in rows if row["method"] == method])
+        for method in config.methods
+    }
+    return [
+        {"quantiser": ALL, "method": method, "left": share}
+        | ({"left_ratio": share / shares[DEFAULT]} if method != DEFAULT and DEFAULT in shares else {})
+        for method, share in shares.items()
+    ]
 
 
 def _of_bits(model: nn.Module, bits: float, judges: Judges, session: Session) -> float | None:
@@ -198,6 +212,10 @@ def _of_bits(model: nn.Module, bits: float, judges: Judges, session: Session) ->
 
 def _mean(values: list[float]) -> float:
     return math.fsum(values) / len(values)
+
+
+def _geometric_mean(values: list[float]) -> float:
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
 
 
 def _hooks(model: nn.Module, candidate: Candidate) -> dict[str, tuple[nn.Module, torch.Tensor, torch.Tensor]]:
@@ -237,27 +255,36 @@ def _quick(config: Config) -> Config:
         normal_float=False,
         pruned=False,
         ranks=(16,),
-        methods=(EORA, *cast("tuple[str, ...]", METHODS[2:4])),
+        methods=(DEFAULT, "diagonal"),
         samples=4,
         length=128,
         judged=128,
         judged_samples=2,
+        selected_samples=2,
     )
 
 
 def _targets() -> list[Target]:
-    """EoRA at rank 32 leaves no more than another method's interval says of it, on each quantiser."""
+    """No baseline is better at the same rank beyond its interval, and none of our ways was better where they chose."""
     return [
         Target(
-            text=f"{quantiser.name}, rank {rank}: EoRA no worse than {method}",
+            text=f"{quantiser.name}, rank {rank}: {DEFAULT} no worse than {method}",
             row={"quantiser": quantiser.name, "method": method, "rank": rank},
             column="behind_high",
             at_least=0.0,
         )
         for quantiser in quantisers_of(Config())
         for rank in Config().ranks
-        for method in METHODS
-        if method != EORA
+        for method in BASELINES
+    ] + [
+        Target(
+            text=f"{DEFAULT} leaves no more than {method} on the text for choosing",
+            row={"quantiser": ALL, "method": method},
+            column="left_ratio",
+            at_least=1.0,
+        )
+        for method in WAYS
+        if method != DEFAULT
     ]
 
 
@@ -267,12 +294,15 @@ TABLE: Table = Table(
     about="SmolLM2-135M-Instruct. Its weights come from a 4-bit grid of groups of 32, so that grid is left out. Linear "
     "layers of all blocks rounded to nearest, to NF4, or pruned, compensated with bf16 factors calibrated on Python's "
     "documentation, on the inputs that the quantised blocks give: one set of moments for all methods, but for "
-    "GPTQModel's arithmetic, which weighs later samples more. Divergence (KL of the next token from the original's, in "
-    "nats) and perplexity on documents that were not calibrated on; recovered: the share of the quantised model's "
-    "divergence that is gone, with its 95 % interval, resampled over samples; behind EoRA: how much more divergence "
-    "than EoRA's at the same rank is left, likewise; for choosing: divergence on a third part of the documents. Bits "
-    "per weight count scales and the factors; as bits: the divergence of rounding the original to nearest with at most "
-    "as many bits per weight and no adapter.",
+    f"GPTQModel's arithmetic, which weighs later samples more. EoRA: C moved by {SHRINKAGE:g} toward its diagonal; as "
+    "published: C as it is; Fisher: EoRA with outputs weighed by squared gradients; ranks spread: as many weights as "
+    "uniform ranks have. Divergence (KL of the next token from the original's, in nats) and perplexity on documents "
+    "that were not calibrated on; recovered: the share of the quantised model's divergence that is gone, with its 95 % "
+    f"interval, resampled over samples; behind '{DEFAULT}' (the command's default): how much more divergence is left "
+    "at the same rank, likewise; for choosing: divergence on a third part of the documents; left, over all quantisers "
+    "and ranks (geometric mean): the share of it that remains, and beside the default's. Bits per weight count scales "
+    "and the factors; as bits: the divergence of rounding the original to nearest with at most as many bits per weight "
+    "and no adapter.",
     configs={"cpu": Config(), "cuda": Config()},
     quick=_quick,
     columns=(
@@ -285,11 +315,13 @@ TABLE: Table = Table(
         Column(key="recovered", heading="recovered", unit="%"),
         Column(key="low", heading="from", unit="%"),
         Column(key="high", heading="to", unit="%"),
-        Column(key="behind", heading="behind EoRA", digits=4),
+        Column(key="behind", heading="behind the default", digits=4),
         Column(key="behind_low", heading="from", digits=4),
         Column(key="behind_high", heading="to", digits=4),
         Column(key="selection", heading="for choosing", digits=4),
         Column(key="bits_instead", heading="as bits", digits=4),
+        Column(key="left", heading="left", unit="%"),
+        Column(key="left_ratio", heading="to the default's", digits=3),
     ),
     targets=tuple(_targets()),
     run=run,

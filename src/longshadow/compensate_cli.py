@@ -49,6 +49,9 @@ def compensate(
     method: Annotated[
         Method, typer.Option(help="`fisher` weighs outputs by gradients; `best` tries all on text set aside for that.")
     ] = Method.eora,
+    shrinkage: Annotated[
+        float, typer.Option(help="How far to move the activations' moments toward uncorrelated ones; 0 as published.")
+    ] = 0.5,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Compensate the language-model head, too.")] = False,
     calibration: Annotated[
         str,
@@ -94,6 +97,7 @@ def compensate(
             budget_bpw=budget_bpw,
             uniform_rank=uniform_rank,
             method=method.value,
+            shrinkage=shrinkage,
             lm_head=lm_head,
             calibration=calibration,
             sequence_length=sequence_length,

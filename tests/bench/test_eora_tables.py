@@ -6,9 +6,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.eora_candidates import EORA, METHODS, SPREAD, RecentMoments, candidates, gptqmodel_factors, measure
+from bench.eora_candidates import (
+    DEFAULT,
+    METHODS,
+    WAYS,
+    RecentMoments,
+    candidates,
+    gptqmodel_factors,
+    measure,
+)
 from bench.quantisers import NormalFloat, TwoOfFour, normal_float_levels, quantised
 from bench.tables import eora_quality, eora_time
+from longshadow.compress.blocks import linear_layers
 from longshadow.compress.pipeline import compensate
 from longshadow.compress.rounding import RoundToNearest
 from longshadow.compress.solver import remaining_error, solve
@@ -31,15 +40,18 @@ def test_eora_quality(monkeypatch):
         length=128,
         judged=64,
         judged_samples=4,
+        selected_samples=2,
     )
     rows = run("eora_quality", config)
-    by_method = {row["method"]: row for row in rows if row["quantiser"] != "none"}
+    by_method = {row["method"]: row for row in rows if row["quantiser"] not in ("none", "all")}
     assert by_method.keys() == {"none", *METHODS}
-    assert by_method[EORA]["divergence"] < by_method["none"]["divergence"]
-    assert 0 < by_method[EORA]["recovered"] < 1 and by_method[EORA]["low"] <= by_method[EORA]["recovered"]
-    assert by_method["none"]["bits"] == 3 < by_method[EORA]["bits"]
+    assert by_method[DEFAULT]["divergence"] < by_method["none"]["divergence"]
+    assert 0 < by_method[DEFAULT]["recovered"] < 1 and by_method[DEFAULT]["low"] <= by_method[DEFAULT]["recovered"]
+    assert by_method["none"]["bits"] == 3 < by_method[DEFAULT]["bits"]
     # 8 of 32 x 32 are many bits, which buy a lot as bits.
-    assert by_method[EORA]["bits_instead"] < by_method["none"]["divergence"]
+    assert by_method[DEFAULT]["bits_instead"] < by_method["none"]["divergence"]
+    left = {row["method"]: row["left"] for row in rows if row["quantiser"] == "all"}
+    assert left["SVD"] == pytest.approx(by_method["SVD"]["selection"] / by_method["none"]["selection"])
     assert by_method["SVD"]["behind_low"] <= by_method["SVD"]["behind"] <= by_method["SVD"]["behind_high"]
 
 
@@ -60,16 +72,36 @@ def test_a_wrong_solution_turns_the_check_red(monkeypatch):
     assert not outcome.check.passed
 
 
-def test_candidates_are_what_compensate_finds(samples):
+@pytest.mark.parametrize("method", WAYS)
+def test_candidates_are_what_compensate_finds(samples, method):
     model = tiny_model()
     smaller = quantised(model, RoundToNearest(bits=2, group=32))
-    measured = measure(model, smaller, samples)
-    plain = compensate(model, smaller, samples, rank=8, propagate="quantized", dtype=torch.float32)
-    for name, pair in candidates(measured, EORA, (8,), torch.float32)[8].items():
-        torch.testing.assert_close(pair.product, plain.factors[name].product, rtol=0, atol=1e-4)
-    spread = candidates(measured, SPREAD, (8,), torch.float32)[8]
-    sizes = [sum(p.lora_a.numel() + p.lora_b.numel() for p in it.values()) for it in (spread, plain.factors)]
-    assert 0.8 * sizes[1] < sizes[0] <= sizes[1]
+    way = WAYS[method]
+    found = candidates(measure(model, smaller, samples), method, (8,), torch.float32)[8]
+    layers = [layer for name, layer in model.named_modules() if name in compensated_layers(model)]
+    budget = 8 * sum(sum(layer.weight.shape) for layer in layers)
+    size = {"budget": budget, "rank": None} if way.spread else {"rank": 8}
+    plain = compensate(
+        model,
+        smaller,
+        samples,
+        **size,
+        method=way.criterion.method,
+        shrinkage=way.criterion.shrinkage,
+        propagate="quantized",
+        dtype=torch.float32,
+    )
+    assert found.keys() == plain.factors.keys()
+    for name, pair in found.items():
+        torch.testing.assert_close(pair.product, plain.factors[name].product, rtol=0, atol=1e-3)
+
+
+def compensated_layers(model):
+    return {
+        f"model.layers.{number}.{name}"
+        for number, block in enumerate(model.model.layers)
+        for name in linear_layers(block)
+    }
 
 
 def test_gptqmodels_arithmetic_is_exact_for_plain_activations():

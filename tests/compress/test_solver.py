@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longshadow.compress import krylov
+from longshadow.compress.criterion import METHODS, Criterion, Method
 from longshadow.compress.solver import (
     cast_factors,
     factors_of,
@@ -16,7 +17,7 @@ from longshadow.compress.solver import (
     solve,
     spectrum_of,
 )
-from longshadow.compress.statistics import ErrorMoments, InputMoments, input_moments_are_cheaper
+from longshadow.compress.statistics import ErrorMoments, InputMoments, RefitMoments, input_moments_are_cheaper
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
 
@@ -142,9 +143,11 @@ def test_no_method_beats_eora_on_its_own_measure(seed: int, shape: tuple[int, in
     output_weights = torch.rand(shape[0], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     errors = {
         method: remaining_error(
-            residual, solve(residual, moments, rank, method=method, output_weights=output_weights), moments.matrix
+            residual,
+            solve(residual, moments, rank, criterion=Criterion(method=method), output_weights=output_weights),
+            moments.matrix,
         )
-        for method in ("eora", "diagonal", "svd", "fisher")
+        for method in METHODS
     }
     assert min(errors, key=errors.__getitem__) == "eora" or errors["eora"] <= 1.000001 * min(errors.values())
 
@@ -160,15 +163,68 @@ def test_fisher_weighs_outputs() -> None:
         remainder = root * (residual - solve(residual, moments, 3, **options).product)
         return float(((remainder @ moments.matrix) * remainder).sum())
 
-    fisher = weighted_error(method="fisher", output_weights=weights)
+    by_fisher = Criterion(method="fisher")
+    fisher = weighted_error(criterion=by_fisher, output_weights=weights)
     assert fisher < 0.999 * weighted_error()
     expected = textbook(root * residual, moments.matrix, 3) / root
-    actual = solve(residual, moments, 3, method="fisher", output_weights=weights).product
+    actual = solve(residual, moments, 3, criterion=by_fisher, output_weights=weights).product
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-8)
-    alike = solve(residual, moments, 3, method="fisher", output_weights=torch.ones(12)).product
+    alike = solve(residual, moments, 3, criterion=by_fisher, output_weights=torch.ones(12)).product
     torch.testing.assert_close(alike, solve(residual, moments, 3).product, rtol=0, atol=1e-8)
     with pytest.raises(ValueError, match="12 output weights"):
-        solve(residual, moments, 3, method="fisher")
+        solve(residual, moments, 3, criterion=by_fisher)
+
+
+def test_outputs_that_the_loss_does_not_mind() -> None:
+    """They get what the directions chosen for others allow; where it minds none, fisher is EoRA."""
+    residual, inputs = layer((12, 20))
+    moments = exact_moments(inputs)
+    criterion, weights = Criterion(method="fisher"), torch.arange(12) % 2
+    factors = solve(residual, moments, 3, criterion=criterion, output_weights=weights)
+    seen = factors.lora_a @ moments.matrix
+    best = residual @ seen.T @ torch.linalg.inv(seen @ factors.lora_a.T)
+    torch.testing.assert_close(factors.lora_b, best, rtol=0, atol=1e-8)
+    none = solve(residual, moments, 3, criterion=criterion, output_weights=torch.zeros(12))
+    torch.testing.assert_close(none.product, solve(residual, moments, 3).product, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shrinkage", [0.0, 0.3, 1.0])
+def test_a_criterion_is_what_the_textbook_minimises(shape: tuple[int, int], method: Method, shrinkage: float) -> None:
+    """[D^½ R T]_r T⁻¹ / D^½ with T T^T = (1 - s) C + s diag(C), whether inputs were counted or errors."""
+    residual, inputs = layer(shape)
+    moments, errors = exact_moments(inputs), ErrorMoments(residual)
+    errors.add(inputs)
+    weights = torch.logspace(-3, 1, shape[0], dtype=torch.float64)
+    covariance, share = moments.matrix, 1.0 if method == "diagonal" else shrinkage
+    used = (1 - share) * covariance + share * torch.diag(covariance.diagonal())
+    if method == "svd":
+        used = torch.eye(shape[1], dtype=torch.float64)
+    root = weights.sqrt().unsqueeze(1) if method == "fisher" else torch.ones(shape[0], 1, dtype=torch.float64)
+    expected = textbook(root * residual, used, 4) / root
+    for known, tolerance in ((moments, 1e-7), (errors, 2e-3)):  # errors are counted by products in fp32
+        criterion = Criterion(method=method, shrinkage=shrinkage)
+        actual = solve(residual, known, 4, criterion=criterion, output_weights=weights).product
+        torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+def test_a_refit_after_a_second_pass_is_that_from_the_moments() -> None:
+    residual, inputs = layer((12, 20))
+    lora_a = residual[:4].contiguous()
+    counted, moments = RefitMoments(residual, lora_a), exact_moments(inputs)
+    counted.add(inputs)
+    shrunk = RefitMoments.of(residual, lora_a, moments.shrunk(0.3).matrix)
+    actual = counted.shrunk(0.3, moments.energies)
+    torch.testing.assert_close(actual.cross, shrunk.cross, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual.inner, shrunk.inner, rtol=1e-4, atol=1e-4)
+
+
+def test_a_criterion_out_of_range() -> None:
+    with pytest.raises(ValueError, match="shrinkage must be from 0 to 1"):
+        Criterion(shrinkage=1.5)
+    with pytest.raises(ValueError, match="method must be one of eora, diagonal"):
+        Criterion(method="lqer")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
