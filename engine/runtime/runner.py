@@ -1,7 +1,7 @@
 """Runs a model over chunks of prompts and over batches of decoding sequences."""
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from longshadow.engine.runtime.batch import BatchCache, BatchLayer, Chunk, Work
+from longshadow.engine.runtime.linears import run_on_onednn
 from longshadow.engine.runtime.shapes import LayerShape
 from longshadow.engine.runtime.state import BlockedEnergy, LayerSequence, SequenceState
 from longshadow.engine.runtime.windows import WindowSequence
@@ -66,10 +67,10 @@ class ModelRunner:
             self._work,
         )
         activate(model)
-        self._release = weakref.finalize(self, deactivate, model)
+        self._release = weakref.finalize(self, _give_back, model, run_on_onednn(model))
 
     def close(self) -> None:
-        """Gives the model its own attention back. Repeatable."""
+        """Gives the model its own attention and linear layers back. Repeatable."""
         self._release()
 
     @property
@@ -156,6 +157,11 @@ class ModelRunner:
             logits_to_keep=logits_to_keep,
         ).logits
         return logits
+
+
+def _give_back(model: PreTrainedModel, undo_linears: Callable[[], None]) -> None:
+    deactivate(model)
+    undo_linears()
 
 
 def batch_size(num_sequences: int) -> int:

@@ -1,0 +1,78 @@
+"""Linear layers through oneDNN against PyTorch's own."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from longshadow.engine.runtime.linears import run_on_onednn
+from longshadow.engine.runtime.runner import ModelRunner
+from longshadow.engine.shadowkv import ShadowKVConfig
+from tests.tiny_models import tiny_model
+
+OPERATOR = "mkldnn::_linear_pointwise"
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+
+
+def operators(compute: Callable[[], object]) -> list[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        compute()
+    return [event.key for event in profile.key_averages()]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(8, 1), (1, 63), (1, 1), (1, 0)])
+@torch.inference_mode()
+def test_gives_what_pytorch_gives(shape: tuple[int, int], bias: bool) -> None:
+    layer = nn.Linear(48, 40, bias=bias)
+    inputs = torch.randn(*shape, 96)[..., ::2]
+    exact = nn.functional.linear(
+        inputs.double(), layer.weight.double(), layer.bias.double() if layer.bias is not None else None
+    )
+    stock = layer(inputs)
+    undo = run_on_onednn(nn.Sequential(layer))
+    ours = layer(inputs)
+    used = operators(lambda: layer(inputs))
+    undo()
+    assert OPERATOR in used
+    assert ours.shape == stock.shape
+    if inputs.numel():
+        assert (ours - exact).abs().max() <= 2 * (stock - exact).abs().max()
+
+
+def test_leaves_other_layers_alone_and_can_be_undone() -> None:
+    def own_forward(inputs: torch.Tensor) -> torch.Tensor:
+        return inputs
+
+    class Other(nn.Linear):
+        pass
+
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).double(), Other(4, 4), nn.Linear(4, 4))
+    layers[3].forward = own_forward  # type: ignore[method-assign]
+    undo = run_on_onednn(layers)
+    assert ["forward" in vars(layer) for layer in layers] == [True, False, False, True]
+    undo()
+    assert ["forward" in vars(layer) for layer in layers] == [False, False, False, True]
+    assert layers[3].forward is own_forward
+
+
+def test_gradients_and_other_dtypes_still_flow() -> None:
+    layer = nn.Linear(4, 4)
+    undo = run_on_onednn(nn.Sequential(layer))
+    layer(torch.randn(2, 4)).sum().backward()
+    assert layer.weight.grad is not None
+    layer.double()
+    with torch.no_grad():
+        assert layer(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
+    undo()
+
+
+def test_a_runner_gives_the_layers_back() -> None:
+    model = tiny_model()
+    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    runner = ModelRunner(model, ShadowKVConfig(rank=8), 64)
+    assert linears and all("forward" in vars(module) for module in linears)
+    runner.close()
+    assert not any("forward" in vars(module) for module in linears)
