@@ -3,7 +3,9 @@
 Legend: B sequences, Hq query heads, H KV heads, T tokens, D head_dim.
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Sequence_
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from longshadow.engine.runtime.parked import attend_parked, attends_parked, causal_mask
 from longshadow.engine.runtime.state import LayerSequence, SequenceState
 from longshadow.engine.shadowkv.attention import expect_handoff, mark
+from longshadow.engine.shadowkv.decode_batch import DecodeBatch
 from longshadow.engine.shadowkv.exact import AttentionParameters
 from longshadow.engine.shadowkv.sequence import RotationTable, Sequence
 from longshadow.engine.shadowkv.storage import ExactTokens
@@ -41,10 +44,34 @@ class Chunk:
 
 @dataclass(eq=False)
 class Work:
-    """What the current forward computes: chunks of prompts, laid end to end, or one token of each sequence."""
+    """What the current forward computes: chunks of prompts, laid end to end, or one token of each sequence.
+
+    Attributes:
+        decoding: the sequence of each row, None for padding.
+        batch: where their layers with full attention decode together; everything is prepared for that.
+    """
 
     chunks: Sequence_[Chunk] = ()
-    decoding: Sequence_[SequenceState] = ()
+    decoding: Sequence_[SequenceState | None] = ()
+    batch: DecodeBatch | None = None
+
+    @contextmanager
+    def read(self, chunks: Sequence_[Chunk]) -> Iterator[None]:
+        """Within, forwards read chunks."""
+        self.chunks = chunks
+        try:
+            yield
+        finally:
+            self.chunks = ()
+
+    @contextmanager
+    def decode(self, states: Sequence_[SequenceState | None], batch: DecodeBatch | None = None) -> Iterator[None]:
+        """Within, forwards decode."""
+        self.decoding, self.batch = states, batch
+        try:
+            yield
+        finally:
+            self.decoding, self.batch = (), None
 
 
 class BatchLayer(CacheLayerMixin):
@@ -61,11 +88,13 @@ class BatchLayer(CacheLayerMixin):
         work: Work,
         rotations: RotationTable,
         *,
-        window: int | None,
+        place_in_batch: int | None,
         parks_on_host: bool,
     ) -> None:
+        """`place_in_batch`: its number among the layers that decode together, None for a sliding window."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.is_sliding = window is not None
+        self.is_sliding = place_in_batch is None
+        self._place_in_batch = place_in_batch
         self.is_initialized = True
         self._index, self._module, self._work = index, module, work
         self._rotations = rotations
@@ -92,16 +121,20 @@ class BatchLayer(CacheLayerMixin):
     ) -> torch.Tensor:
         """Attention and caching of the work's tokens: query [B, Hq, T, D] -> [B, Hq, T, Dv].
 
-        B = 1 with the chunks along T, or T = 1 with a sequence per row; rows beyond the sequences are padding.
+        B = 1 with the chunks along T, or T = 1 with a sequence, or padding, per row.
         """
         if self._work.chunks:
             return self._read(query[0], keys[0], values[0], parameters).unsqueeze(0)
-        out = query.new_empty(*query.shape[:3], values.shape[3])
+        if self._work.batch is not None and self._place_in_batch is not None:
+            new = query.squeeze(2), keys.squeeze(2), values.squeeze(2)
+            return self._work.batch.attend(self._place_in_batch, *new, parameters).unsqueeze(2)
+        out = query.new_zeros(*query.shape[:3], values.shape[3])
         for row, state in enumerate(self._work.decoding):
+            if state is None:
+                continue
             sequence = state.layers[self._index]
             sequence.append(keys[row], values[row], self._rotations)
             out[row, :, 0] = sequence.attend_token(query[row, :, 0], parameters)
-        out[len(self._work.decoding) :] = 0
         return out
 
     def _read(

@@ -11,6 +11,7 @@ import torch
 
 from longshadow.engine.runtime.accounting import Accounting
 from longshadow.engine.runtime.batch import Chunk
+from longshadow.engine.runtime.batch_room import BatchReservation
 from longshadow.engine.runtime.counters import Counters
 from longshadow.engine.runtime.documents import Document
 from longshadow.engine.runtime.errors import EngineClosed, RequestTooLong
@@ -49,6 +50,7 @@ class Engine:
             max_prefill_tokens=max_prefill_tokens,
             max_num_waiting=max_num_waiting,
             evict=self.holdings.evict,
+            batch=BatchReservation(budget, runner.room_bytes, runner.hold),
         )
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
@@ -76,7 +78,7 @@ class Engine:
             self._wake.notify_all()
 
     def _check_size(self, job: Job) -> None:
-        need, left = job.need.prefill, self.budget.limits - self.holdings.held
+        need, left = self.scheduler.need_alone(job), self.budget.limits - self.holdings.held
         if not self.budget.could_fit(need, beside=self.holdings.held):
             raise RequestTooLong(
                 f"{job.num_prompt:,} tokens and their answers need {need.device:,} bytes of device and {need.host:,} "

@@ -94,7 +94,12 @@ class LLM:
         self._config = shadowkv or ShadowKVConfig()
         self._runner = ModelRunner(self.model, self._config, self.max_model_len)
         try:
-            self._accounting = Accounting(self._runner.shapes, self._config, self._runner.device)
+            self._accounting = Accounting(
+                self._runner.shapes,
+                self._config,
+                self._runner.device,
+                is_batched=self._runner.batched is not None,
+            )
             self._intake = Intake(
                 tokenizer=self.tokenizer,
                 end_tokens=end_tokens(self.model, self.tokenizer),
@@ -106,7 +111,14 @@ class LLM:
             budget = MemoryBudget.of(self._runner.device, device_memory, host_memory)
             limits = budget.limits
             share = Bytes(device=limits.device // PREFIX_CACHE_SHARE, host=limits.host // PREFIX_CACHE_SHARE)
-            workspace = step_workspace(self.model, max_prefill_tokens, max_num_seqs, self.max_model_len)
+            batched = self._runner.batched
+            workspace = step_workspace(
+                self.model,
+                max_prefill_tokens,
+                max_num_seqs,
+                self.max_model_len,
+                captures=batched is not None and batched.captures,
+            )
             self._engine = Engine(
                 self._runner,
                 self._accounting,

@@ -59,6 +59,8 @@ class Completion:
         """Nothing more is coming; its sequence is let go."""
         if not isinstance(stop, str):
             self.text.finish()
+        if self.state is not None:
+            self.state.release()
         self.finish_reason, self.stop_reason, self.state = reason, stop, None
 
     def output(self) -> CompletionOutput:

@@ -1,22 +1,25 @@
 """Runs a model over chunks of prompts and over batches of decoding sequences."""
 
+import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers import PreTrainedModel
 
 from longshadow.engine.runtime.batch import BatchCache, BatchLayer, Chunk, Work
+from longshadow.engine.runtime.batch_room import Room
+from longshadow.engine.runtime.batched_steps import BatchedSteps
 from longshadow.engine.runtime.linears import run_on_onednn
+from longshadow.engine.runtime.probing import attention_modules, layer_shapes
 from longshadow.engine.runtime.shapes import LayerShape
 from longshadow.engine.runtime.state import BlockedEnergy, LayerSequence, SequenceState
 from longshadow.engine.runtime.windows import WindowSequence
 from longshadow.engine.shadowkv import ShadowKVConfig
 from longshadow.engine.shadowkv import sequence as shadowkv
 from longshadow.engine.shadowkv.attention import activate, deactivate
+from longshadow.engine.shadowkv.choice import choose_operators, decode_batch
 from longshadow.engine.shadowkv.decode import StepCounts
 from longshadow.engine.shadowkv.families import (
     LENGTH_DEPENDENT_ROPE,
@@ -27,9 +30,8 @@ from longshadow.engine.shadowkv.families import (
 from longshadow.engine.shadowkv.query_weights import QueryEnergy
 from longshadow.engine.shadowkv.rope import Rotation
 from longshadow.engine.shadowkv.sequence import RotationTable
+from longshadow.engine.shadowkv.step_buffers import Geometry
 from longshadow.models import max_positions
-
-PROBE_TOKENS = 2
 
 
 class ModelRunner:
@@ -51,27 +53,66 @@ class ModelRunner:
         self._tables: dict[str, Rotation] = {}
         self.rotations = [self._rotation_table(layer, max_model_len) for layer in described]
         self._work = Work()
-        modules = attention_modules(model)
-        self._cache = BatchCache(
-            [
-                BatchLayer(
-                    index,
-                    modules[index],
-                    self._work,
-                    rotations,
-                    window=shape.window,
-                    parks_on_host=config.value_store == "host",
-                )
-                for index, (rotations, shape) in enumerate(zip(self.rotations, self.shapes, strict=True))
-            ],
-            self._work,
-        )
+        self._cache = self._make_cache()
+        self._operators = choose_operators(model, config)
+        self._batched = self._make_batched_steps()
         activate(model)
         self._release = weakref.finalize(self, _give_back, model, run_on_onednn(model))
 
     def close(self) -> None:
-        """Gives the model its own attention and linear layers back. Repeatable."""
+        """Gives the model its own attention and linear layers back, frees what decoding holds. Repeatable."""
+        if self._batched is not None:
+            self._batched.close()
         self._release()
+
+    def _make_cache(self) -> BatchCache:
+        modules = attention_modules(self.model)
+        numbers = itertools.count()
+        layers = [
+            BatchLayer(
+                index,
+                modules[index],
+                self._work,
+                rotations,
+                place_in_batch=next(numbers) if shape.window is None else None,
+                parks_on_host=self.config.value_store == "host",
+            )
+            for index, (rotations, shape) in enumerate(zip(self.rotations, self.shapes, strict=True))
+        ]
+        return BatchCache(layers, self._work)
+
+    def _make_batched_steps(self) -> BatchedSteps | None:
+        batch = decode_batch(self.model, self.config, self._operators)
+        if batch is None:
+            return None
+        geometries = {
+            index: Geometry(
+                num_kv_heads=shape.num_kv_heads,
+                key_dim=shape.key_dim,
+                value_dim=shape.value_dim,
+                chunk_size=self.config.chunk_size,
+                layout=self.layouts[index],
+                dtype=self.model.dtype,
+                device=self.device,
+            )
+            for index, shape in enumerate(self.shapes)
+            if shape.window is None
+        }
+        return BatchedSteps(self.model, self.config, batch, self._cache, geometries, self.rotations, self.counts)
+
+    @property
+    def batched(self) -> BatchedSteps | None:
+        """What decodes sequences together; None where each decodes by itself."""
+        return self._batched
+
+    def room_bytes(self, room: Room) -> int:
+        """Exactly what a decoding batch of this size takes on the device."""
+        return 0 if self._batched is None else self._batched.room_bytes(room)
+
+    def hold(self, room: Room) -> None:
+        """Gives the decoding batch another size; on return it holds nothing that exceeds it."""
+        if self._batched is not None:
+            self._batched.hold(room)
 
     @property
     def rotation_bytes(self) -> int:
@@ -110,6 +151,7 @@ class ModelRunner:
             segment_tokens=self.segment_tokens,
             query_energy=BlockedEnergy() if blocked_energy else QueryEnergy(),
             counts=self.counts,
+            operators=self._operators,
         )
 
     def read(self, chunks: Sequence[Chunk]) -> torch.Tensor:
@@ -120,7 +162,7 @@ class ModelRunner:
         for chunk in chunks:
             positions += range(chunk.state.num_tokens, chunk.state.num_tokens + len(chunk.tokens))
             ends += [len(positions) - 1] if chunk.is_last else []
-        with self._doing(chunks=chunks):
+        with self._work.read(chunks):
             logits = self._forward([tokens], [positions], torch.tensor(ends, dtype=torch.long, device=self.device))
         for chunk in chunks:
             chunk.state.num_tokens += len(chunk.tokens)
@@ -128,23 +170,14 @@ class ModelRunner:
 
     def decode(self, states: Sequence[SequenceState], tokens: Sequence[int]) -> torch.Tensor:
         """Caches the newest token of each sequence; logits of the next, [sequences, vocabulary]."""
-        size = batch_size(len(states)) if self.device.type == "cuda" else len(states)
-        padding = [0] * (size - len(states))
-        ids = [[token] for token in [*tokens, *padding]]
-        positions = [[position] for position in [*(state.num_tokens for state in states), *padding]]
-        with self._doing(decoding=states):
-            logits = self._forward(ids, positions, 1)
+        logits = None if self._batched is None else self._batched.step(states, tokens)
+        if logits is None:
+            with self._work.decode(states):
+                ids, positions = [[token] for token in tokens], [[state.num_tokens] for state in states]
+                logits = self._forward(ids, positions, 1)[:, -1]
         for state in states:
             state.num_tokens += 1
-        return logits[: len(states), -1]
-
-    @contextmanager
-    def _doing(self, *, chunks: Sequence[Chunk] = (), decoding: Sequence[SequenceState] = ()) -> Iterator[None]:
-        self._work.chunks, self._work.decoding = chunks, decoding
-        try:
-            yield
-        finally:
-            self._work.chunks, self._work.decoding = (), ()
+        return logits
 
     def _forward(
         self, ids: list[list[int]], positions: list[list[int]], logits_to_keep: int | torch.Tensor
@@ -162,44 +195,6 @@ class ModelRunner:
 def _give_back(model: PreTrainedModel, undo_linears: Callable[[], None]) -> None:
     deactivate(model)
     undo_linears()
-
-
-def batch_size(num_sequences: int) -> int:
-    """The fixed sizes in which a GPU decodes: powers of two up to 8, then multiples of 8."""
-    if num_sequences > 8:
-        return -(-num_sequences // 8) * 8
-    return 1 << (num_sequences - 1).bit_length()
-
-
-def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
-    """What each layer caches, found out by running two tokens."""
-    cache = DynamicCache(config=model.config)
-    ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=model.device)
-    with torch.inference_mode():
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
-    _, arguments = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
-    shapes = []
-    for layer, argument in zip(cache.layers, arguments, strict=True):
-        held: Any = layer
-        shapes.append(
-            LayerShape(
-                num_kv_heads=held.keys.shape[1],
-                key_dim=held.keys.shape[3],
-                value_dim=held.values.shape[3],
-                itemsize=held.keys.itemsize,
-                window=argument.get("sliding_window"),
-            )
-        )
-    return shapes
-
-
-def attention_modules(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
-    """The modules that hand keys to each cache layer."""
-    return {
-        int(module.layer_idx): module  # type: ignore[arg-type]
-        for module in model.modules()
-        if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "scaling")
-    }
 
 
 def length_limit(model: PreTrainedModel) -> int | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from longshadow.engine.runtime.accounting import Need
+from longshadow.engine.runtime.batch_room import BatchReservation, Room
 from longshadow.engine.runtime.errors import QueueFull
 from longshadow.engine.runtime.memory import Bytes, MemoryBudget
 
@@ -44,9 +45,11 @@ class Scheduler:
         max_prefill_tokens: int,
         max_num_waiting: int,
         evict: Callable[[], bool],
+        batch: BatchReservation | None = None,
     ) -> None:
         """`evict` frees some memory that nothing depends on; False when there is none."""
         self.budget = budget
+        self.batch = batch or BatchReservation(budget, lambda room: 0, lambda room: None)
         self.waiting: deque[Job] = deque()
         self.reading: list[Job] = []
         self.decoding: list[Job] = []
@@ -88,12 +91,31 @@ class Scheduler:
     def _can_admit(self, job: Job) -> bool:
         if job.num_slots > self.num_free_slots:
             return False
-        while not self.budget.fits(job.need.prefill):
+        while self._room_with(job) is None:
             if not self._evict():
                 return False
         return True
 
+    def _room_with(self, job: Job) -> Room | None:
+        """What the batch may hold when this job is admitted; None when there is not enough memory."""
+        least = self._least_room(job)
+        for room in (self.batch.room.joined(least), least):
+            if self.budget.fits(job.need.prefill + self.batch.change(room)):
+                return room
+        return None
+
+    def _least_room(self, *more: Job) -> Room:
+        jobs = [*self.reading, *self.decoding, *more]
+        return Room.of((job.num_slots, job.need.room) for job in jobs)
+
+    def need_alone(self, job: Job) -> Bytes:
+        """What a job needs when there is no other."""
+        return job.need.prefill + self.batch.bytes(Room.of([(job.num_slots, job.need.room)]))
+
     def _admit(self, job: Job) -> None:
+        room = self._room_with(job)
+        assert room is not None
+        self.batch.take(room)
         self.budget.reserve(job.need.prefill)
         job.reserved = job.need.prefill
         self.num_free_slots -= job.num_slots
@@ -114,6 +136,7 @@ class Scheduler:
         self.num_free_slots += 1
         self.budget.release(job.need.completion)
         job.reserved -= job.need.completion
+        self.batch.shrink(self._least_room())
 
     def leave(self, job: Job) -> None:
         """The job is over, wherever it stood: gives back all it holds."""
@@ -124,6 +147,7 @@ class Scheduler:
         self.num_free_slots += job.num_slots
         self.budget.release(job.reserved)
         job.num_slots, job.reserved = 0, Bytes()
+        self.batch.shrink(self._least_room())
 
 
 def _chunk(job: Job, left: int) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from longshadow.engine.runtime.seats import Seats
 from longshadow.engine.runtime.shapes import Start
 from longshadow.engine.runtime.windows import WindowSequence
 from longshadow.engine.shadowkv.memory import MemoryReport, report
@@ -29,10 +30,17 @@ class SequenceState:
     Attributes:
         layers: its tokens in each layer.
         num_tokens: tokens so far, those of an unfinished prompt included; the position of the next one.
+        seats: where it has a place while it decodes in a batch.
     """
 
     layers: list[LayerSequence]
     num_tokens: int = 0
+    seats: Seats | None = None
+
+    def release(self) -> None:
+        """Nothing more is asked of it: the batch that it decodes in lets it go, too."""
+        if self.seats is not None:
+            self.seats.leave(self)
 
     def fork(self, max_tokens: int) -> "SequenceState":
         """A sequence of at most `max_tokens` that goes on independently; segments are shared, not copied."""

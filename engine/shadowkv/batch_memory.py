@@ -5,6 +5,7 @@ Legend: B places of the batch, G query heads per KV head.
 
 from collections.abc import Sequence as Sequence_
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 
@@ -117,8 +118,9 @@ class BatchMemory:
         }
 
 
+@lru_cache(maxsize=256)
 def batch_bytes(
-    config: ShadowKVConfig, geometries: Sequence_[Geometry], num_query_heads: int, room: Capacity, batch_size: int
+    config: ShadowKVConfig, geometries: tuple[Geometry, ...], num_query_heads: int, room: Capacity, batch_size: int
 ) -> int:
     """What a batch of such layers takes that holds `room` for each place, everything that a step makes included.
 

@@ -48,7 +48,7 @@ class DecodeBatch:
     def reset(self) -> None:
         """Forgets all sequences and frees the memory they decoded in."""
         self._step = 0
-        self._room: Capacity | None = None
+        self._held: tuple[int, Capacity] | None = None
         self._places: list[Place | None] = []
         self._origins: list[int | None] | None = None
         self._memory.clear()
@@ -62,14 +62,14 @@ class DecodeBatch:
         """As long as it is the same, `attend` launches the same operators on the same memory."""
         return self._memory.version, self._selects
 
-    def hold(self, room: Capacity) -> None:
-        """Its memory has room for this from now on, whatever the sequences need, who need no more.
+    def hold(self, batch_size: int, room: Capacity) -> None:
+        """From now on its memory is of this size, whatever its sequences need, who need no more.
 
-        Where that is another room than before, the memory that was held is free on return.
+        Where that is another size than before, what was held is free on return.
         """
-        if room != self._room:
+        if (batch_size, room) != self._held:
             self._add_up_misses()
-            self._room = room
+            self._held = batch_size, room
             self._memory.clear()
 
     def vacate(self, index: int) -> None:
@@ -184,9 +184,10 @@ class DecodeBatch:
             num_selected=max(size.num_selected for size in sizes),
             num_slots=max(max(size.num_slots, size.num_candidates) for size in sizes),
         )
-        if self._room is not None:
-            assert self._room.holds(needed), "a sequence needs more than the batch was told to hold"
-            needed = self._room
+        if self._held is not None:
+            batch_size, room = self._held
+            assert batch_size == len(sizes) and room.holds(needed), "the batch was told to hold less"
+            needed = room
         if needed.num_candidates > MAXIMUM_CANDIDATES:
             raise ValueError(f"operators choose among up to {MAXIMUM_CANDIDATES} chunks, not {needed.num_candidates}")
         moved = any(

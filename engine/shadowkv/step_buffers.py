@@ -30,6 +30,10 @@ class Capacity:
         """Whether `needed` fits."""
         return all(held >= getattr(needed, name) for name, held in vars(self).items())
 
+    def joined(self, other: "Capacity") -> "Capacity":
+        """Room for either."""
+        return Capacity(**{name: max(held, getattr(other, name)) for name, held in vars(self).items()})
+
     def grown_to(self, needed: "Capacity") -> "Capacity":
         """Room for `needed`: where there is too little, for a few per cent more, and for twice the segments."""
         wanted = {name: _rounded(count, 8) for name, count in vars(needed).items()}

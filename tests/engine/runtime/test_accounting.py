@@ -131,7 +131,7 @@ def test_predicts_every_byte_of_a_batch(config: ShadowKVConfig, num_prompt: int,
     batch = DecodeBatch(operators(CPU, "reference"), config, CPU)
     grown = Grown(config, batch)
     room = grown.accounting.need(num_prompt, num_new).room
-    batch.hold(room)
+    batch.hold(1, room)
     grown.read(num_prompt)
     most = grown.decode(num_new)
     assert grown.plan.held == grown.held() and grown.plan.room == room
@@ -149,7 +149,7 @@ def test_predicts_every_byte_of_a_batch(config: ShadowKVConfig, num_prompt: int,
     )
     batch.add_hits_to(StepCounts())
     held = sum(tensor.nbytes for tensors in batch.tensors().values() for tensor in tensors)
-    assert held == batch_bytes(config, [geometry], 2 * HEADS, room, 1)
+    assert held == batch_bytes(config, (geometry,), 2 * HEADS, room, 1)
 
 
 @given(config=configs, num_prompt=st.integers(1, 300), num_turn=st.integers(1, 700))

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from longshadow import ShadowKVCache, ShadowKVConfig
 from longshadow.engine.runtime.batch import Chunk
-from longshadow.engine.runtime.runner import ModelRunner, batch_size, length_limit
+from longshadow.engine.runtime.runner import ModelRunner, length_limit
 from longshadow.engine.runtime.state import SequenceState
 from tests.engine.shadowkv.families import tiny_model
 
@@ -99,10 +99,6 @@ def test_forks_share_segments_and_go_their_own_ways() -> None:
     assert first.layers[0].segments[0] is state.layers[0].segments[0]  # type: ignore[union-attr]
     assert torch.equal(runner.decode([second], [5]), expected)
     runner.close()
-
-
-def test_sizes_of_batches() -> None:
-    assert [batch_size(count) for count in (1, 2, 3, 5, 8, 9, 16, 17)] == [1, 2, 4, 8, 8, 16, 16, 24]
 
 
 def test_rope_that_depends_on_the_longest_sequence_limits_the_length() -> None:
