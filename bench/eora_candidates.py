@@ -97,7 +97,7 @@ def measure(original: nn.Module, quantized: nn.Module, samples: torch.Tensor) ->
                     weight=weight, residual=residuals[name], moments=moments, output_energy=energy
                 )
                 measured.recent[stage.names[name]] = recent[group[0]]
-    measured.sensitivity = output_sensitivity(original, list(measured.layers), samples[:SENSITIVITY_SAMPLES])
+    measured.sensitivity = output_sensitivity(original, samples[:SENSITIVITY_SAMPLES])
     return measured
 
 

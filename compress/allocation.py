@@ -44,7 +44,7 @@ def allocate(layers: Mapping[str, LayerGains], budget: int, *, multiple: int = 8
         if price <= left and ranks[name] == number * multiple:
             ranks[name] += multiple
             left -= price
-    if not any(ranks.values()):
+    if layers and not any(ranks.values()):
         least = min((multiple * layer.cost for layer in layers.values()), default=0)
         raise ValueError(
             f"a budget of {budget} weights is too small: the cheapest layer needs {least} for rank {multiple}"

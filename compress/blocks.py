@@ -16,10 +16,14 @@ LowRankTerms = dict[str, tuple[nn.Module, torch.Tensor, torch.Tensor]]
 
 @dataclass(eq=False, kw_only=True)
 class HiddenStates:
-    """Inputs of a block for every sample, and the arguments that all blocks are called with beside them."""
+    """Inputs of a block for every sample, and the arguments that all blocks are called with beside them.
+
+    `from_tuple`: the block before gave them as the first of several things.
+    """
 
     samples: list[torch.Tensor]
     arguments: dict[str, Any]
+    from_tuple: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +93,9 @@ def run_block(block: nn.Module, hidden: HiddenStates, on_linear: LinearHook | No
     with _watched(block, on_linear):
         outputs = [block(sample, **hidden.arguments) for sample in hidden.samples]
     return HiddenStates(
-        samples=[output[0] if isinstance(output, tuple) else output for output in outputs], arguments=hidden.arguments
+        samples=[output[0] if isinstance(output, tuple) else output for output in outputs],
+        arguments=hidden.arguments,
+        from_tuple=isinstance(outputs[0], tuple),
     )
 
 

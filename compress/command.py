@@ -18,7 +18,7 @@ from longshadow.compress.criterion import Method
 from longshadow.compress.evaluation import ORIGINAL, Quality, Variant, difference, qualities
 from longshadow.compress.options import CompensationOptions
 from longshadow.compress.pipeline import Compensation, compensate
-from longshadow.compress.planning import num_layer_weights, plan_compensation
+from longshadow.compress.planning import layer_shapes, num_layer_weights, plan_compensation
 from longshadow.compress.report import report_files
 from longshadow.compress.shards import Shards
 from longshadow.compress.storage import is_plain
@@ -102,7 +102,7 @@ def _compensated(
     shards: Shards,
     on_step: OnStep | None,
 ) -> Compensation:
-    rank, budget = options.rank_or_budget(num_layer_weights(quantized.model))
+    rank, budget = options.rank_or_budget(layer_shapes(quantized.model))
     label = f"compensating, {method}" if len(options.methods) > 1 else "compensating"
     result = compensate(
         original.model,

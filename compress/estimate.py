@@ -1,7 +1,7 @@
 """What a compensation will take, before it starts: memory, disk and time."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,8 @@ from torch import nn
 
 from longshadow.compress import krylov
 from longshadow.compress.blocks import decoder_blocks, layer_shape, linear_layers
+from longshadow.compress.criterion import Method
+from longshadow.compress.pipeline import GAIN_SAMPLES, SENSITIVITY_SAMPLES
 from longshadow.compress.statistics import input_moments_are_cheaper
 
 FP32, FP64 = 4, 8
@@ -21,13 +23,15 @@ SPEED_SIZE = 1024
 class Estimate:
     """Bytes and seconds.
 
-    memory = quantized + original + max(states + block, logits): the weights of both models (of an original that stays
-    on disk, its largest block), and either the inputs of a block for all samples with what is computed for its
-    layers, or, while quality is measured, logits.
+    memory = quantized + original + max(states + block, gradients, logits): the weights of both models (of an original
+    that stays on disk, its largest block), and either the inputs of a block for all samples with what is computed for
+    its layers, or, while outputs are weighed, the inputs of all blocks for some samples, or, while quality is measured,
+    logits.
 
     Attributes:
         states: 2 N L d, for N samples of L tokens and hidden size d: inputs of this block and of the next.
         block: of the largest block, W, R and a copy per layer, its moments, and what the solver makes of them.
+        gradients: with the method fisher, inputs of all blocks for 8 samples, and one sample's activations in a block.
         logits: 4 L V, of both models with their logarithms, in fp32.
         adapter: on disk, at most.
     """
@@ -36,6 +40,7 @@ class Estimate:
     original: int
     states: int
     block: int
+    gradients: int
     logits: int
     adapter: int
     seconds: float
@@ -43,7 +48,7 @@ class Estimate:
     @property
     def memory(self) -> int:
         """In all."""
-        return self.quantized + self.original + max(self.states + self.block, self.logits)
+        return self.quantized + self.original + max(self.states + self.block, self.gradients, self.logits)
 
     @property
     def minutes(self) -> int:
@@ -74,7 +79,7 @@ def estimated(
     rank: int | None,
     budget: int | None,
     adapter_itemsize: int,
-    num_methods: int,
+    methods: Sequence[Method],
     original_on_disk: bool,
     speed: Speed,
 ) -> Estimate:
@@ -85,7 +90,7 @@ def estimated(
         quantized_bytes: of the quantised model in memory.
         itemsize: of the original's weights and of hidden states, in memory.
         rank, budget: one of them; of the adapter.
-        num_methods: that are tried.
+        methods: that are tried.
         original_on_disk: whether the original stays there but for the block at hand.
     """
     blocks = [[layer_shape(layer) for layer in linear_layers(block).values()] for block in decoder_blocks(model)]
@@ -97,22 +102,27 @@ def estimated(
     in_blocks = sum(m * n for shapes in blocks for m, n in shapes)
     head = hidden * int(config.vocab_size)
     forward = 2 * in_blocks * tokens
-    passes = 3 + (1 if budget is not None else 0)
+    passes = 3 + (min(1, GAIN_SAMPLES / num_samples) if budget is not None else 0)
+    num_methods, weighed = len(methods), min(num_samples, SENSITIVITY_SAMPLES) if "fisher" in methods else 0
     moments = sum(_moment_operations(m, n) for it in blocks for m, n in it) * tokens
     # A third as many tokens as for calibration, by the original, the quantised model, and that with the adapter; to
     # choose a method, as many again, by the original and by each compensation.
     runs = 3 + (1 + num_methods if num_methods > 1 else 0)
     measuring = runs * 2 * (in_blocks + head) * tokens / 3
+    # Forward twice and back once, as far as inputs.
+    weighing = 3 * 2 * (in_blocks + head) * weighed * length
+    activations = 2 * length * max(sum(m + n for m, n in shapes) for shapes in blocks)
     solving = sum(_solver_operations(m, n, rank) for it in blocks for m, n in it)
     return Estimate(
         quantized=quantized_bytes,
         original=(largest if original_on_disk else weights) * itemsize,
         states=2 * tokens * hidden * itemsize,
         block=max(_block_bytes(shapes) for shapes in blocks),
+        gradients=((len(blocks) + 1) * weighed * length * hidden + activations) * itemsize if weighed else 0,
         logits=4 * length * int(config.vocab_size) * FP32,
         adapter=adapter * adapter_itemsize,
         seconds=num_methods * ((passes * forward + moments) / speed.fp32 + solving / speed.fp64)
-        + measuring / speed.fp32,
+        + (measuring + weighing) / speed.fp32,
     )
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from longshadow.compress.blocks import HiddenStates, run_block
 from longshadow.compress.criterion import AS_PUBLISHED, Criterion
 from longshadow.compress.matching import block_weights
-from longshadow.compress.solver import Factors, Spectrum, error_left, refit_b, solve, spectrum_of
+from longshadow.compress.solver import Factors, Spectrum, error_left, gains_of, refit_b, solve, spectrum_of
 from longshadow.compress.statistics import (
     ErrorMoments,
     InputMoments,
@@ -52,6 +52,11 @@ class MeasuredLayer:
         """Of its error, as the criterion weighs it."""
         objective = criterion.objective(self.residual, self.moments, output_weights)
         return spectrum_of(objective.target, objective.moments)
+
+    def gains(self, criterion: Criterion, output_weights: torch.Tensor | None) -> torch.Tensor:
+        """Those of the spectrum alone, [k], which take a fraction of its time."""
+        objective = criterion.objective(self.residual, self.moments, output_weights)
+        return gains_of(objective.target, objective.moments)
 
     def error(self) -> float:
         """E ||R x||^2."""

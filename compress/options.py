@@ -1,5 +1,6 @@
 """What `longshadow compensate` is told."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,12 +11,16 @@ from longshadow.compress.pipeline import SHRINKAGE, Propagate
 
 Choice = Method | Literal["best"]
 BYTES_PER_MB = 1_000_000
+# Of the size that is spread over the layers where none is given.
 DEFAULT_RANK = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompensationOptions:
     """At most one of `rank`, `budget_mb` (of the adapter) and `budget_bpw` (bits per weight of the layers).
+
+    With none, the size of rank 32 everywhere is spread over the layers. Method, shrinkage and that spread are what
+    left the least divergence on text for choosing (bench/tables/eora_quality.py).
 
     `max_memory` is in bytes, None for what is free.
     """
@@ -24,7 +29,7 @@ class CompensationOptions:
     budget_mb: float | None = None
     budget_bpw: float | None = None
     uniform_rank: bool = False
-    method: Choice = "eora"
+    method: Choice = "fisher"
     shrinkage: float = SHRINKAGE
     lm_head: bool = False
     calibration: str = "builtin"
@@ -65,11 +70,13 @@ class CompensationOptions:
         """The methods to try."""
         return METHODS if self.method == "best" else (self.method,)
 
-    def rank_or_budget(self, num_layer_weights: int) -> tuple[int | None, int | None]:
-        """The rank of all layers, or the number of the adapter's weights, for layers with so many."""
+    def rank_or_budget(self, shapes: Sequence[tuple[int, int]]) -> tuple[int | None, int | None]:
+        """The rank of all layers, or the number of the adapter's weights, for layers of these shapes (m, n)."""
         bits = 8 * self.dtype.itemsize
         if self.budget_mb is not None:
             return None, int(self.budget_mb * BYTES_PER_MB * 8 / bits)
         if self.budget_bpw is not None:
-            return None, int(self.budget_bpw * num_layer_weights / bits)
-        return self.rank or DEFAULT_RANK, None
+            return None, int(self.budget_bpw * sum(m * n for m, n in shapes) / bits)
+        if self.rank is not None:
+            return self.rank, None
+        return None, sum(min(DEFAULT_RANK, m, n) * (m + n) for m, n in shapes)

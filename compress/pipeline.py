@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -31,6 +31,8 @@ RANK_MULTIPLE = 8
 SHRINKAGE = 0.5
 # Squared gradients settle with far fewer tokens than second moments of inputs do.
 SENSITIVITY_SAMPLES = 8
+# So do sums over many directions, which ranks follow from.
+GAIN_SAMPLES = 16
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ def compensate(
     rank: int | None = 32,
     budget: int | None = None,
     uniform: bool = False,
-    method: Method = "eora",
+    method: Method = "fisher",
     shrinkage: float = SHRINKAGE,
     propagate: Propagate = "sequential",
     head: bool = False,
@@ -109,8 +111,7 @@ def compensate(
         rank = _uniform_rank(stages, budget)
     sensitivity: dict[str, torch.Tensor] = {}
     if method == "fisher":
-        names = [name for stage in stages for name in stage.names.values()]
-        sensitivity = output_sensitivity(original, names, samples[:SENSITIVITY_SAMPLES])
+        sensitivity = output_sensitivity(original, samples[:SENSITIVITY_SAMPLES], head=head)
     ranks: dict[str, int] | None = None
     if rank is None:
         assert budget is not None
@@ -188,14 +189,13 @@ def _gains(
 ) -> dict[str, LayerGains]:
     """Of all layers, without compensation before them."""
     gains = {}
+    hidden = replace(hidden, samples=hidden.samples[:GAIN_SAMPLES])
     for stage in stages:
         saved = None if shards is None else shards.load(f"gains_{stage.number:05d}")
         if saved is None:
             measured = calibrator.measure(stage.original, stage.quantized, hidden, stage.name)
             weights = _of_stage(sensitivity, stage)
-            tensors = {
-                name: layer.spectrum(calibrator.criterion, weights.get(name)).gains for name, layer in measured.items()
-            }
+            tensors = {name: layer.gains(calibrator.criterion, weights.get(name)) for name, layer in measured.items()}
             facts = {name: layer.output_energy for name, layer in measured.items()}
             if shards is not None:
                 shards.save(f"gains_{stage.number:05d}", tensors, facts)

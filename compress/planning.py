@@ -74,12 +74,12 @@ def expected_plans(
     dense = sum(parameter.numel() for parameter in model.parameters()) * itemsize
     is_packed = quantization_method(read_config(quantized)) != DENSE
     quantized_bytes = sum(path.stat().st_size for path in model_files(quantized)) if is_packed else dense
-    num_weights = num_layer_weights(model)
+    shapes = layer_shapes(model)
     # A GGUF file is always read whole.
     can_stay_on_disk = not original.lower().endswith(GGUF_SUFFIX)
 
     def plan_of(chosen: CompensationOptions, on_disk: bool) -> Plan:
-        rank, budget = chosen.rank_or_budget(num_weights)
+        rank, budget = chosen.rank_or_budget(shapes)
         estimate = estimated(
             model,
             quantized_bytes=quantized_bytes,
@@ -89,7 +89,7 @@ def expected_plans(
             rank=rank,
             budget=budget,
             adapter_itemsize=chosen.dtype.itemsize,
-            num_methods=len(chosen.methods),
+            methods=chosen.methods,
             original_on_disk=on_disk,
             speed=speed,
         )
@@ -113,10 +113,14 @@ def require_room(folder: Path, num_bytes: int) -> None:
         )
 
 
+def layer_shapes(model: nn.Module) -> list[tuple[int, int]]:
+    """(m, n) of all linear layers in the blocks."""
+    return [layer_shape(layer) for block in decoder_blocks(model) for layer in linear_layers(block).values()]
+
+
 def num_layer_weights(model: nn.Module) -> int:
     """Of all linear layers in the blocks."""
-    shapes = (layer_shape(layer) for block in decoder_blocks(model) for layer in linear_layers(block).values())
-    return sum(outputs * inputs for outputs, inputs in shapes)
+    return sum(outputs * inputs for outputs, inputs in layer_shapes(model))
 
 
 def _free_memory(device: torch.device) -> int:

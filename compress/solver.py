@@ -54,15 +54,8 @@ class Factors:
 
 
 def spectrum_of(residual: torch.Tensor, moments: Moments) -> Spectrum:
-    """The eigenvectors of G. A tall residual (m > n) is reduced to n x n first, since its columns span no more."""
-    residual = residual.double()
-    num_outputs, num_inputs = residual.shape
-    if num_outputs > num_inputs and isinstance(moments, InputMoments):
-        columns, small = torch.linalg.qr(residual)
-        gram = small @ moments.matrix @ small.T
-    else:
-        columns, gram = None, moments.error_gram(residual)
-    gram = (gram + gram.T) / 2
+    """The eigenvalues and eigenvectors of G."""
+    gram, columns = _smallest_gram(residual, moments)
     gains, vectors = torch.linalg.eigh(gram)
     vectors = vectors.flip(1)
     return Spectrum(
@@ -70,6 +63,26 @@ def spectrum_of(residual: torch.Tensor, moments: Moments) -> Spectrum:
         directions=vectors if columns is None else columns @ vectors,
         total_error=float(gram.trace()),
     )
+
+
+def gains_of(residual: torch.Tensor, moments: Moments) -> torch.Tensor:
+    """The eigenvalues of G alone, largest first, [k]."""
+    gram, _ = _smallest_gram(residual, moments)
+    gains: torch.Tensor = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
+    return gains
+
+
+def _smallest_gram(residual: torch.Tensor, moments: Moments) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """G, or for a tall residual (m > n), whose columns span no more, Q^T G Q, [n, n], and the orthonormal Q, [m, n]."""
+    residual = residual.double()
+    num_outputs, num_inputs = residual.shape
+    columns = None
+    if num_outputs > num_inputs and isinstance(moments, InputMoments):
+        columns, small = torch.linalg.qr(residual)
+        gram = small @ moments.matrix @ small.T
+    else:
+        gram = moments.error_gram(residual)
+    return (gram + gram.T) / 2, columns
 
 
 def leading_directions(residual: torch.Tensor, moments: Moments, rank: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ from bench.table import Column, Outcome, Table, Target
 from bench.timing import Candidate, time_interleaved
 from longshadow.compress.blocks import decoder_blocks
 from longshadow.compress.pipeline import compensate
+from longshadow.compress.planning import layer_shapes
 from longshadow.compress.rounding import RoundToNearest
 from longshadow.compress.solver import solve
 from longshadow.compress.statistics import InputMoments
@@ -74,9 +75,10 @@ def _model_row(config: Config, session: Session) -> dict[str, Any]:
     smaller = quantised(model, RoundToNearest(bits=3, group=64))
     generator = torch.Generator().manual_seed(session.seed)
     samples = torch.randint(shape.vocab_size, (config.samples, config.length), generator=generator)
+    budget = sum(config.rank * (m + n) for m, n in layer_shapes(model))
     with PeakMemoryMeter(session.device) as meter:
         start = time.perf_counter()
-        compensate(model, smaller, samples.to(session.device), rank=config.rank)
+        compensate(model, smaller, samples.to(session.device), rank=None, budget=budget)
         if session.device != "cpu":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
@@ -150,8 +152,9 @@ def _quick(config: Config) -> Config:
 TABLE: Table = Table(
     name="eora_time",
     title="What compensation takes",
-    about="`compensate()` on a model rounded to 3 bits, both models in memory, random weights and tokens, ranks of "
-    "the configuration; `whole` extrapolates from the blocks that were run to all of the model's; memory is the peak "
+    about="`compensate()` on a model rounded to 3 bits, both models in memory, random weights and tokens, as the "
+    "command does it by default: outputs weighed by gradients, the size of the configuration's rank spread over the "
+    "layers; `whole` extrapolates from the blocks that were run to all of the model's; memory is the peak "
     "with both models in it; floor: operations of two passes of the tokens through the blocks. Layers: one solution "
     "from given moments, against the eigendecomposition of the moments and a full SVD, in the same run.",
     configs={

@@ -38,7 +38,7 @@ def compensate(
             help="Make the quantised model first, in the folder of --quantized: nf4, int4:g64, int3:g64, 2:4."
         ),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Of every layer. Default: 32.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of every layer. Default: the size of 32, spread by gain.")] = None,
     budget_mb: Annotated[
         float | None, typer.Option(help="Or the adapter's size, spread over layers by what it buys there.")
     ] = None,
@@ -47,8 +47,11 @@ def compensate(
         bool, typer.Option("--uniform-rank", help="With a budget: the same rank everywhere, for runtimes that pad.")
     ] = False,
     method: Annotated[
-        Method, typer.Option(help="`fisher` weighs outputs by gradients; `best` tries all on text set aside for that.")
-    ] = Method.eora,
+        Method,
+        typer.Option(
+            help="`fisher` is EoRA with outputs weighed by gradients; `best` tries all on text set aside for that."
+        ),
+    ] = Method.fisher,
     shrinkage: Annotated[
         float, typer.Option(help="How far to move the activations' moments toward uncorrelated ones; 0 as published.")
     ] = 0.5,

@@ -270,7 +270,7 @@ def test_a_damaged_piece_is_made_anew(original: Path, quantized: Path, monkeypat
     monkeypatch.setattr(Shards, "save", stop)
     assert run(original, quantized).exit_code == 130
     monkeypatch.setattr(Shards, "save", save)
-    path = original.parent / ".adapter.eora.unfinished" / "block_00000.safetensors"
+    path = original.parent / ".adapter.fisher.unfinished" / "block_00000.safetensors"
     path.write_bytes(path.read_bytes()[:200])
     again = run(original, quantized, "--json")
     assert again.exit_code == 0, again.stderr

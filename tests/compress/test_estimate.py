@@ -4,6 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longshadow import compensate
+from longshadow.compress.criterion import METHODS
 from longshadow.compress.estimate import Speed, estimated
 from longshadow.compress.rounding import RoundToNearest, finest_rounding
 from longshadow.compress.storage import stored_bits_per_weight
@@ -22,7 +23,7 @@ def estimate_of(model: torch.nn.Module, **changes: object) -> object:
         rank=8,
         budget=None,
         adapter_itemsize=2,
-        num_methods=1,
+        methods=("eora",),
         original_on_disk=False,
         speed=SPEED,
     )
@@ -47,7 +48,9 @@ def test_more_work_takes_more() -> None:
     assert estimate_of(model, num_samples=16).memory > plain.memory
     assert estimate_of(model, num_samples=16).seconds > plain.seconds
     # Measuring runs the original once, whatever the number of methods.
-    assert 2 * plain.seconds < estimate_of(model, num_methods=4).seconds < 4 * plain.seconds
+    assert 1.5 * plain.seconds < estimate_of(model, methods=METHODS[:3]).seconds < 3 * plain.seconds
+    weighed = estimate_of(model, methods=("fisher",))
+    assert weighed.seconds > plain.seconds and weighed.gradients > plain.gradients == 0
     assert estimate_of(model, speed=Speed(fp32=2e9, fp64=2e9)).seconds == plain.seconds / 2
 
 

@@ -9,11 +9,12 @@ from longshadow.compress.options import CompensationOptions
 
 
 def test_sizes_become_ranks_or_weights() -> None:
-    assert CompensationOptions().rank_or_budget(10**6) == (32, None)
-    assert CompensationOptions(rank=5).rank_or_budget(10**6) == (5, None)
-    assert CompensationOptions(budget_mb=2).rank_or_budget(10**6) == (None, 10**6)
-    assert CompensationOptions(budget_bpw=0.5).rank_or_budget(320) == (None, 10)
-    assert CompensationOptions(budget_mb=2, dtype=torch.float32).rank_or_budget(1) == (None, 500_000)
+    shapes = [(100, 60), (20, 100)]
+    assert CompensationOptions().rank_or_budget(shapes) == (None, 32 * 160 + 20 * 120)
+    assert CompensationOptions(rank=5).rank_or_budget(shapes) == (5, None)
+    assert CompensationOptions(budget_mb=2).rank_or_budget(shapes) == (None, 10**6)
+    assert CompensationOptions(budget_bpw=0.5).rank_or_budget(shapes) == (None, 250)
+    assert CompensationOptions(budget_mb=2, dtype=torch.float32).rank_or_budget(shapes) == (None, 500_000)
     assert CompensationOptions(method="best").methods == ("eora", "diagonal", "svd", "fisher")
 
 
@@ -28,6 +29,7 @@ def test_sizes_become_ranks_or_weights() -> None:
         ({"budget_mb": 0.0}, "--budget-mb must be above 0"),
         ({"budget_bpw": -1.0}, "--budget-bpw must be above 0"),
         ({"uniform_rank": True}, "--uniform-rank goes with"),
+        ({"shrinkage": 1.5}, "--shrinkage must be from 0 to 1"),
         ({"method": "guess"}, "--method must be one of"),
     ],
 )

@@ -86,10 +86,13 @@ def test_a_layers_error_is_what_it_says(samples: torch.Tensor) -> None:
 def test_budgets_are_kept_and_spent(samples: torch.Tensor) -> None:
     original = tiny_model()
     quantized = round_to_nearest(original)
-    uniform = compensate(original, quantized, samples, rank=8)
-    spread = compensate(original, quantized, samples, rank=None, budget=uniform.num_weights)
-    assert 0.8 * uniform.num_weights < spread.num_weights <= uniform.num_weights
-    assert {layer.rank % 8 for layer in spread.layers.values()} == {0}
+    published: Any = {"method": "eora", "shrinkage": 0.0}
+    uniform = compensate(original, quantized, samples, rank=8, **published)
+    spread = compensate(original, quantized, samples, rank=None, budget=uniform.num_weights, **published)
+    by_loss = compensate(original, quantized, samples, rank=None, budget=uniform.num_weights)
+    for result in (spread, by_loss):
+        assert 0.8 * uniform.num_weights < result.num_weights <= uniform.num_weights
+        assert {layer.rank % 8 for layer in result.layers.values()} == {0}
 
     def total(layers: Any) -> float:
         return sum(layer.after for layer in layers.values())

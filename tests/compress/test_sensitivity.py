@@ -8,12 +8,13 @@ from longshadow.compress.sensitivity import output_sensitivity
 from tests.compress.test_pipeline import divergence, round_to_nearest, with_factors
 from tests.tiny_models import tiny_model
 
-NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head"]
 
 
 def test_gradients_of_outputs(samples: torch.Tensor) -> None:
     model = tiny_model().double()
-    actual = output_sensitivity(model, NAMES, samples[:2])
+    actual = output_sensitivity(model, samples[:2], head=True)
+    assert len(actual) == 15
     for name in NAMES:
         total = 0.0
         for sample in samples[:2]:
@@ -28,14 +29,15 @@ def test_gradients_of_outputs(samples: torch.Tensor) -> None:
         # The loss is taken in fp32, as everywhere.
         torch.testing.assert_close(actual[name], total / samples[:2].numel(), rtol=1e-4, atol=1e-12)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert len(output_sensitivity(model, samples[:2])) == 14
 
 
 def test_the_method_fisher(samples: torch.Tensor) -> None:
     original = tiny_model()
     quantized = round_to_nearest(original)
-    result = compensate(original, quantized, samples, rank=8, method="fisher")
+    result = compensate(original, quantized, samples, rank=8)
     assert len(result.factors) == 14
     better = divergence(original, with_factors(quantized, result.factors), samples)
     assert better < 0.9 * divergence(original, quantized, samples)
-    plain = compensate(original, quantized, samples, rank=8)
+    plain = compensate(original, quantized, samples, rank=8, method="eora")
     assert any(not torch.equal(plain.factors[name].lora_a, pair.lora_a) for name, pair in result.factors.items())
