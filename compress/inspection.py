@@ -64,17 +64,25 @@ class Inspection:
 
 @torch.no_grad()
 def inspect_quantized(
-    original: str, quantized: str, *, device: str | None = None, on_block: Callable[[int, int], None] | None = None
+    original: str,
+    quantized: str,
+    *,
+    device: str | None = None,
+    max_memory: int | None = None,
+    on_block: Callable[[int, int], None] | None = None,
 ) -> Inspection:
     """The weights alone are looked at; where activations live, a rank captures more.
 
+    `max_memory` is in bytes, None for what is free; where it does not hold both models, the original stays on disk.
     `on_block` is called with the number of finished blocks and of all.
 
     Raises ValueError for models that cannot be loaded or do not match.
     """
-    options = {rank: CompensationOptions(rank=rank) for rank in RANKS}
+    options = {rank: CompensationOptions(rank=rank, max_memory=max_memory) for rank in RANKS}
     plans = expected_plans(original, quantized, list(options.values()), device=device)
-    first, second = load_model(original, device=device).model, load_model(quantized, device=device).model
+    limit = plans[0].estimate.original if plans[0].original_on_disk else None
+    first = load_model(original, device=device, max_memory=limit).model
+    second = load_model(quantized, device=device).model
     stages = stages_of(first, second, head=False)
     hidden = first_inputs(second, torch.arange(NUM_TOKENS, device=second.device).unsqueeze(0))
     found = {}

@@ -35,6 +35,10 @@ def inspect(
         str | None, typer.Option(help="Look at a quantised model instead, beside this one before quantisation.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if any.")] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="With --original, such as 8GB; it stays on disk if need be. Default: what is free."),
+    ] = None,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -46,9 +50,13 @@ def inspect(
         if original is not None:
             from longshadow.compress.inspection import inspect_quantized, print_inspection
             from longshadow.display import LayerBar
+            from longshadow.sizes import parse_bytes
 
+            limit = None if max_memory is None else parse_bytes(max_memory)
             with LayerBar("inspecting") as bar:
-                inspection = inspect_quantized(original, str(adapter), device=device, on_block=bar.update)
+                inspection = inspect_quantized(
+                    original, str(adapter), device=device, max_memory=limit, on_block=bar.update
+                )
             if json_output:
                 print(json.dumps(inspection.to_dict()))
             else:

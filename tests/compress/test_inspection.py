@@ -56,6 +56,13 @@ def test_what_a_compensation_would_take(models: tuple[Path, Path], tmp_path: Pat
     assert found["16"]["seconds"] > 0
 
 
+def test_an_original_that_stays_on_disk(models: tuple[Path, Path]) -> None:
+    whole = json.loads(inspect(*models, "--json").stdout)
+    limited = json.loads(inspect(*models, "--max-memory", "100kB", "--json").stdout)
+    assert limited["layers"] == whole["layers"]
+    assert limited["compensation"]["16"]["original_on_disk"] and not whole["compensation"]["16"]["original_on_disk"]
+
+
 def test_the_tables(models: tuple[Path, Path]) -> None:
     terminal = {"TTY_COMPATIBLE": "1", "NO_COLOR": "1", "COLUMNS": "100"}
     result = inspect(*models, env=terminal)
