@@ -374,12 +374,13 @@ TABLE: Table = Table(
     title="The engine: throughput, documents, and sequences at once",
     about="SmolLM2-135M-Instruct (real weights, fp32), prompts from the Python language reference, greedy decoding, "
     "all methods on the same threads; transformers computes linear layers with PyTorch's default library (MKL), the "
-    "engine with oneDNN, which is part of its speed-up. Times include reading the prompts; decoding alone is measured while all requests "
-    "decode. In the throughput rows the engine keeps contexts up to 4,096 tokens exact, as a CPU is faster that way at "
-    "2,000; compressed, it attends to 256 selected tokens, as in the rows on documents. A document's time includes "
-    "reading it once. Equality counts greedy answers that differ from those of the same request alone. Sequences at "
-    "once are those that fit into 64 GiB of device memory at Llama-3.1-8B's shapes by the engine's own accounting: 256 "
-    "of their tokens generated, int8 factors, 512 resident tokens, values in host memory.",
+    "engine with oneDNN, which is part of its speed-up. Times include reading the prompts; decoding alone is measured "
+    "while all requests decode. In the throughput rows the engine keeps contexts up to 4,096 tokens exact, as a CPU "
+    "is faster that way at 2,000; compressed, it attends to 256 selected tokens, as in the rows on documents. A "
+    "document's time includes reading it once. Equality counts greedy answers that differ from those of the same "
+    "request alone. Sequences at once are those that fit into 64 GiB of device memory at Llama-3.1-8B's shapes by the "
+    "engine's own accounting: 256 of their tokens generated, int8 factors, 512 resident tokens, values in host "
+    "memory.",
     configs={"cpu": Config()},
     quick=lambda config: replace(
         config,
