@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from longshadow import models, streaming
-from longshadow.cli import app, parse_budget, parse_rank
+from longshadow.cli import app
 from tests.tiny_models import KEY_WIDTH, MAX_POSITIONS, write_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -222,15 +222,6 @@ def test_ctrl_c_in_a_terminal(model: Path, document: Path) -> None:
     assert process.returncode == 130, errors
     assert "5 (interrupted)" in output
     assert "Traceback" not in errors
-
-
-def test_budget_and_rank() -> None:
-    assert parse_budget(None) == (None, None)
-    assert parse_budget("512") == (512, None)
-    assert parse_budget("1.56%") == (None, pytest.approx(0.0156))
-    assert parse_budget("100%") == (None, 1.0)
-    assert parse_rank(None) is parse_rank("auto") is None
-    assert parse_rank("64") == 64
 
 
 @pytest.mark.parametrize("command", [["generate"], ["compensate"], ["adapter", "export"]])

@@ -9,6 +9,7 @@ import typer
 
 from longshadow.batch_files import Results, read_tasks
 from longshadow.cli_common import CHECK_FAILED
+from longshadow.shadowkv_options import check_rank
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,7 @@ def run_files(
 
         defaults = SamplingParams(**sampling)
         loaded = load_model(model, dtype=dtype, device=device)
+        check_rank(shadowkv, loaded.model.config)
         lora = None if adapter is None else str(adapter)
         llm = LLM(loaded.model, tokenizer=loaded.tokenizer, adapter=lora, shadowkv=shadowkv)
         with llm, _LineBar(num_lines) as bar:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,11 +13,7 @@ from longshadow.compensate_cli import compensate
 from longshadow.plan_cli import plan
 from longshadow.prompts import encode_prompt, read_document
 from longshadow.serve_cli import serve
-
-if TYPE_CHECKING:
-    from longshadow.models import LoadedModel
-
-AUTO_RANK_ENERGY = 0.95
+from longshadow.shadowkv_options import Budget, KeyFormat, Rank, ValueFormat, check_rank, shadowkv_config
 
 app = typer.Typer(
     help="Long contexts with small key-value caches; compensation of quantised models.",
@@ -55,20 +51,10 @@ def generate(
         Path | None, typer.Option(help="Folder of a LoRA adapter to add, such as a compensation.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            help="Tokens selected per step and KV head: a share of the context such as 1.56%, or a number. "
-            "Default: the larger of 1.56% and 512. A budget that covers the context runs dense."
-        ),
-    ] = None,
-    rank: Annotated[
-        str | None,
-        typer.Option(
-            help="Rank of the key cache, or `auto` for the rank that keeps "
-            f"{AUTO_RANK_ENERGY:.0%} of the keys' energy. Default: 160 or a third of the keys' width."
-        ),
-    ] = None,
+    budget: Budget = None,
+    rank: Rank = None,
+    key_dtype: KeyFormat = None,
+    value_dtype: ValueFormat = None,
     compare: Annotated[bool, typer.Option("--compare", help="Run full attention too; show both.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token, above 0 samples.")] = 0.0,
@@ -81,13 +67,11 @@ def generate(
     """Answer a question about a long text with a ShadowKV cache, and tell what it took; or answer a file of prompts."""
     with user_errors(debug):
         log_to_stderr()
-        budget_tokens, budget_fraction = parse_budget(budget)
-        fixed_rank = parse_rank(rank)
         check_ways(prompt_file, input_file, output_file, {"--question": question is not None, "--compare": compare})
 
+        shadow = shadowkv_config(budget, rank, key_dtype, value_dtype)
         document = None if prompt_file is None else read_document(prompt_file)
 
-        from longshadow import ShadowKVConfig
         from longshadow.compress.adapters.installing import with_adapter
         from longshadow.compress.adapters.reading import read_adapter
         from longshadow.display import answer, print_report
@@ -95,12 +79,6 @@ def generate(
         from longshadow.models import load_model
 
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        shadow = ShadowKVConfig(
-            budget_tokens=budget_tokens,
-            budget_fraction=budget_fraction,
-            rank=fixed_rank,
-            rank_energy=AUTO_RANK_ENERGY if rank == "auto" else None,
-        )
         if input_file is not None and output_file is not None:
             batch_sampling = {
                 "max_tokens": max_new_tokens,
@@ -125,7 +103,7 @@ def generate(
         loaded = load_model(model, dtype=torch_dtype(dtype), device=device)
         if lora is not None:
             loaded = with_adapter(loaded, lora)
-        check_rank(fixed_rank, loaded)
+        check_rank(shadow, loaded.model.config)
         prompt_ids = encode_prompt(loaded.tokenizer, document, question)
         report = answer(loaded, prompt_ids, sampling, shadow, compare=compare, stream=not json_output)
         if json_output:
@@ -144,52 +122,6 @@ def env(
     from longshadow.env import facts, report
 
     print(json.dumps(facts()) if json_output else report())
-
-
-def parse_budget(text: str | None) -> tuple[int | None, float | None]:
-    """`512` -> (512, None), `1.56%` -> (None, 0.0156), nothing -> (None, None).
-
-    Raises:
-        ValueError: it is neither, or out of range.
-    """
-    if text is None:
-        return None, None
-    message = (
-        "--budget takes a share of the context such as 1.56% (above 0%, at most 100%) "
-        f"or a number of tokens (1 or more), got {text!r}"
-    )
-    try:
-        if text.endswith("%"):
-            share = float(text.removesuffix("%")) / 100
-            if 0 < share <= 1:
-                return None, share
-        elif int(text) >= 1:
-            return int(text), None
-    except ValueError as error:
-        raise ValueError(message) from error
-    raise ValueError(message)
-
-
-def parse_rank(text: str | None) -> int | None:
-    """A number from 1, or None for `auto` and nothing.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if text is None or text == "auto":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"--rank takes a number (1 or more) or auto, got {text!r}")
-    return int(text)
-
-
-def check_rank(rank: int | None, loaded: "LoadedModel") -> None:
-    """Raises `ValueError` for a rank above the width of the model's keys."""
-    from longshadow.generation import key_width
-
-    width = key_width(loaded.model.config)
-    if rank is not None and rank > width:
-        raise ValueError(f"--rank must be between 1 and {width} (KV heads x head_dim) for this model, got {rank}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import typer
 
 from longshadow.cli_common import DType, log_to_stderr, torch_dtype, user_errors
 from longshadow.env import API_KEY_VARIABLE
+from longshadow.shadowkv_options import Budget, KeyFormat, Rank, ValueFormat, check_rank, shadowkv_config
 
 LIBRARIES = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -37,6 +38,10 @@ def serve(
     documents_dir: Annotated[
         Path | None, typer.Option(help="Folder where documents are saved, and loaded from at the start.")
     ] = None,
+    budget: Budget = None,
+    rank: Rank = None,
+    key_dtype: KeyFormat = None,
+    value_dtype: ValueFormat = None,
     max_num_seqs: Annotated[int, typer.Option(help="Sequences that run at once.")] = 8,
     max_model_len: Annotated[
         int | None, typer.Option(help="Tokens of document, prompt and answer together. Default: the model's.")
@@ -74,6 +79,7 @@ def serve(
             grace_seconds=grace_seconds,
             documents_dir=documents_dir,
         )
+        shadow = shadowkv_config(budget, rank, key_dtype, value_dtype)
         texts = [(path, read_document(str(path))) for path in document or ()]
 
         from longshadow.engine.runtime import LLM
@@ -83,10 +89,12 @@ def serve(
 
         with bound_socket(settings) as bound:
             loaded = load_model(model, dtype=torch_dtype(dtype), device=device)
+            check_rank(shadow, loaded.model.config)
             llm = LLM(
                 loaded.model,
                 tokenizer=loaded.tokenizer,
                 adapter=None if adapter is None else str(adapter),
+                shadowkv=shadow,
                 max_num_seqs=max_num_seqs,
                 max_model_len=max_model_len,
                 max_num_waiting=max_num_waiting,
