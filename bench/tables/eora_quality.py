@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,29 +11,20 @@ import torch
 from torch import nn
 
 from bench.eora_candidates import BASELINES, DEFAULT, METHODS, WAYS, Candidate, candidates, measure
-from bench.prose import language_reference, library_docstrings
+from bench.eora_judges import Judges, check_full_rank, hooks, judges_of, text_blocks
 from bench.quantisers import NormalFloat, Quantiser, TwoOfFour, num_block_weights, quantised
-from bench.record import Check, Row
+from bench.record import Row
 from bench.session import Session
 from bench.synthetic import num_threads
 from bench.table import Column, Outcome, Table, Target
 from longshadow.compress.blocks import compensated, decoder_blocks, linear_layers
-from longshadow.compress.calibration import Splits, split_blocks
-from longshadow.compress.evaluation import (
-    Quality,
-    log_probabilities,
-    mean_and_interval,
-    own_quality,
-    quality_against,
-)
-from longshadow.compress.pipeline import SHRINKAGE, compensate
+from longshadow.compress.calibration import Splits
+from longshadow.compress.evaluation import mean_and_interval, own_quality, quality_against
+from longshadow.compress.pipeline import SHRINKAGE
 from longshadow.compress.rounding import RoundToNearest, finest_rounding
 from longshadow.models import load_model
 
 NONE, ALL = "none", "all"
-CHECK_TOLERANCE = 1e-3
-CHECKED_BLOCKS = 2
-PARAGRAPHS_OF_A_DOCUMENT = 20
 ADAPTER_DTYPE = torch.bfloat16
 ROUNDINGS = ((3, 64), (3, 32), (2, 32))
 
@@ -56,31 +46,20 @@ class Config:
     threads: int = 2
 
 
-@dataclass(eq=False, kw_only=True)
-class Judges:
-    """Texts that nothing was calibrated on, and what the original says of them."""
-
-    selection: torch.Tensor
-    report: torch.Tensor
-    of_selection: list[torch.Tensor]
-    of_report: list[torch.Tensor]
-
-    def judge(self, model: nn.Module) -> tuple[Quality, Quality]:
-        """On the text for choosing, and on that for the report."""
-        return (
-            quality_against(self.of_selection, model, self.selection),
-            quality_against(self.of_report, model, self.report),
-        )
-
-
 def run(config: Config, session: Session) -> Outcome:
     """Each quantiser alone, then compensated by every method and rank; what its bytes buy as bits beside it."""
     with num_threads(config.threads):
         session.progress("loading")
         model = load_model("demo", dtype=torch.float32, device=session.device)
-        splits = text_blocks(model.tokenizer, config, session.device)
+        splits = text_blocks(model.tokenizer, length=config.length, samples=config.samples).to(session.device)
         check = check_full_rank(model.model, splits.calibration[:1])
-        judges = judges_of(model.model, splits, config)
+        judges = judges_of(
+            model.model,
+            splits,
+            length=config.judged,
+            num_selection=config.selected_samples,
+            num_report=config.judged_samples,
+        )
         original = own_quality(judges.of_report, judges.report)
         rows: list[Row] = [{"quantiser": NONE, "method": NONE, "perplexity": original.perplexity}]
         for quantiser in quantisers_of(config):
@@ -100,29 +79,6 @@ def quantisers_of(config: Config) -> list[Quantiser]:
     return quantisers
 
 
-def text_blocks(tokenizer: Any, config: Config, device: str) -> Splits:
-    """Python's documentation, a dozen paragraphs to a document, dealt out to the parts."""
-    paragraphs = (language_reference() + "\n\n" + library_docstrings()).split("\n\n")
-    documents = [
-        "\n\n".join(paragraphs[start : start + PARAGRAPHS_OF_A_DOCUMENT])
-        for start in range(0, len(paragraphs), PARAGRAPHS_OF_A_DOCUMENT)
-    ]
-    return split_blocks(tokenizer, documents, length=config.length, samples=config.samples).to(device)
-
-
-@torch.no_grad()
-def judges_of(model: nn.Module, splits: Splits, config: Config) -> Judges:
-    """Blocks of the judging parts, cut shorter, so that there are more of them to compare."""
-    selection = splits.selection.view(-1, config.judged)[: config.selected_samples]
-    report = splits.report.view(-1, config.judged)[: config.judged_samples]
-    return Judges(
-        selection=selection,
-        report=report,
-        of_selection=[log_probabilities(model, sample) for sample in selection],
-        of_report=[log_probabilities(model, sample) for sample in report],
-    )
-
-
 def _measure_quantiser(
     model: nn.Module, quantiser: Quantiser, splits: Splits, judges: Judges, config: Config, session: Session
 ) -> dict[str, Any]:
@@ -137,7 +93,7 @@ def _measure_quantiser(
 
 
 def _judged(method: str, rank: int, candidate: Candidate, smaller: nn.Module, judges: Judges) -> dict[str, Any]:
-    with compensated(_hooks(smaller, candidate)):
+    with compensated(hooks(smaller, candidate)):
         selection, report = judges.judge(smaller)
     return {
         "method": method,
@@ -216,36 +172,6 @@ def _mean(values: list[float]) -> float:
 
 def _geometric_mean(values: list[float]) -> float:
     return math.exp(math.fsum(map(math.log, values)) / len(values))
-
-
-def _hooks(model: nn.Module, candidate: Candidate) -> dict[str, tuple[nn.Module, torch.Tensor, torch.Tensor]]:
-    return {
-        name: (model.get_submodule(name), pair.lora_b.float(), pair.lora_a.float()) for name, pair in candidate.items()
-    }
-
-
-def check_full_rank(model: nn.Module, samples: torch.Tensor) -> Check:
-    """Compensated at full rank, the model's first blocks in 2 bits must give the logits of its first blocks."""
-    shallow = first_blocks(model, CHECKED_BLOCKS)
-    smaller = quantised(shallow, RoundToNearest(bits=2, group=32))
-    result = compensate(shallow, smaller, samples, rank=10**6, dtype=torch.float32)
-    with torch.no_grad(), compensated(_hooks(smaller, result.factors)):
-        actual, expected = smaller(samples).logits, shallow(samples).logits
-    error = float((actual - expected).abs().max() / expected.abs().max())
-    return Check(
-        passed=error <= CHECK_TOLERANCE,
-        max_error=error,
-        text=f"logits of the first {CHECKED_BLOCKS} blocks in 2 bits, compensated at full rank, against their own, "
-        f"largest difference / largest logit = {error:.1e} (at most {CHECK_TOLERANCE:.0e})",
-    )
-
-
-def first_blocks(model: nn.Module, count: int) -> nn.Module:
-    """A copy of the model that ends after so many decoder blocks; head and embeddings stay."""
-    shallow = copy.deepcopy(model)
-    del decoder_blocks(shallow)[count:]
-    shallow.config.num_hidden_layers = count
-    return shallow
 
 
 def _quick(config: Config) -> Config:
