@@ -21,7 +21,27 @@ def output_sensitivity(model: nn.Module, samples: torch.Tensor, *, head: bool = 
         model: the original; its parameters get no gradients.
         samples: token ids [samples, length].
         head: whether the language-model head is among the layers, beside those in the blocks.
+
+    Raises ValueError for a model whose layers have no gradients, or whose gradients its dtype does not hold.
     """
+    try:
+        sums = _squared_gradients(model, samples, head=head)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"the original gives no gradients for its outputs to be weighed by ({str(error).splitlines()[0]}): use "
+            "--method eora"
+        ) from error
+    if not all(total.isfinite().all() for total in sums.values()):
+        raise ValueError(
+            "the original's gradients are not finite: use --method eora, or give the original in bfloat16 or float32"
+        )
+    return {name: total / samples.numel() for name, total in sums.items()}
+
+
+def _squared_gradients(model: nn.Module, samples: torch.Tensor, *, head: bool) -> dict[str, torch.Tensor]:
+    """Summed over tokens."""
     names = {module: name for name, module in model.named_modules()}
     blocks = list(decoder_blocks(model))
     squares = _SquaredGradients()
@@ -36,7 +56,7 @@ def output_sensitivity(model: nn.Module, samples: torch.Tensor, *, head: bool = 
             hidden = inputs.pop()
             with squares.counted({names[layer]: layer for layer in linear_layers(block).values()}):
                 gradients = _carried_back(block, hidden, gradients)
-    return {name: total / samples.numel() for name, total in squares.sums.items()}
+    return squares.sums
 
 
 class _SquaredGradients:

@@ -1,5 +1,8 @@
 """Squared gradients of outputs, against autograd token by token."""
 
+from typing import Any
+
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -41,3 +44,25 @@ def test_the_method_fisher(samples: torch.Tensor) -> None:
     assert better < 0.9 * divergence(original, quantized, samples)
     plain = compensate(original, quantized, samples, rank=8, method="eora")
     assert any(not torch.equal(plain.factors[name].lora_a, pair.lora_a) for name, pair in result.factors.items())
+
+
+class WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("no backward for packed weights\nat some place")
+
+
+def test_models_without_usable_gradients(samples: torch.Tensor) -> None:
+    model = tiny_model()
+    layer = model.get_submodule(NAMES[1])
+    hook = layer.register_forward_pre_hook(lambda module, given: (WithoutGradient.apply(given[0]),))
+    with pytest.raises(ValueError, match=r"\(no backward for packed weights\): use --method eora"):
+        output_sensitivity(model, samples[:1])
+    hook.remove()
+    layer.register_full_backward_pre_hook(lambda module, gradients: (gradients[0] * torch.inf,))
+    with pytest.raises(ValueError, match="gradients are not finite"):
+        output_sensitivity(model, samples[:1])
