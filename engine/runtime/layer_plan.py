@@ -123,9 +123,8 @@ class LayerPlan:
         old = self._num_compressible(num_recent, long_prompt=False)
         if old:
             self._add_segment(old)
-            self.tail -= old
-            self.capacity = self.tail + MINIMUM_GROWTH
-            self.largest = self.largest.at_least(self.held)
+            rest, self.tail, self.capacity = self.tail - old, 0, 0
+            self.append(rest)
 
     def _until_compression(self) -> int:
         """Tokens until the tail may be compressed, at least 1; never more than until it is."""

@@ -13,6 +13,8 @@ LOGITS_TENSORS = 6
 FP32_BYTES = 4
 # Of steps with and without candidates; each has logits of its own.
 GRAPHS = 2
+# cuBLAS takes up to this for each of the two streams: the one of launches, and the one graphs are captured on.
+CUBLAS_BYTES = 2 * 32 * 2**20
 
 
 def step_workspace(
@@ -40,4 +42,5 @@ def step_workspace(
     tile = min(LOGITS_BLOCK, config.num_attention_heads * num_prompt_tokens * block)
     history = block * config.hidden_size
     logits = (LOGITS_TENSORS + (GRAPHS if captures else 0)) * num_places * config.vocab_size
-    return int(activations + (3 * tile + 4 * history + logits) * itemsize)
+    libraries = CUBLAS_BYTES if model.device.type == "cuda" else 0
+    return int(activations + (3 * tile + 4 * history + logits) * itemsize) + libraries

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from longshadow import ShadowKVConfig
@@ -41,6 +41,9 @@ configs = st.builds(
     resident_factor=st.sampled_from((None, 1.0, 1.5)),
     candidate_factor=st.sampled_from((1.0, 3.0)),
 )
+
+# Its tail is compressed to nothing before a token comes.
+TO_NOTHING = ShadowKVConfig(budget_tokens=1, rank=1, chunk_size=1, local_tokens=1, segment_tokens=64, dense_threshold=0)
 
 
 def plan_of(accounting: Accounting, start: Start | None = None) -> LayerPlan:
@@ -125,6 +128,7 @@ def test_predicts_every_byte(config: ShadowKVConfig, num_prompt: int, num_new: i
     num_prompt=st.integers(1, 400),
     num_new=st.integers(1, 200),
 )
+@example(config=TO_NOTHING, num_prompt=1, num_new=3)
 @settings(max_examples=15, deadline=None)
 def test_predicts_every_byte_of_a_batch(config: ShadowKVConfig, num_prompt: int, num_new: int) -> None:
     """Of the sequence, and of the memory that it decodes in, which never has to grow."""

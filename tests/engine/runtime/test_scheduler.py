@@ -6,20 +6,23 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from longshadow.engine.runtime.accounting import Need
+from longshadow.engine.runtime.batch_room import BatchReservation, Room
 from longshadow.engine.runtime.errors import QueueFull
 from longshadow.engine.runtime.memory import Bytes, MemoryBudget
 from longshadow.engine.runtime.scheduler import CHUNK_MULTIPLE, Job, Scheduler
+from longshadow.engine.shadowkv.step_buffers import Capacity
 
 SLOTS, TOKENS, WAITING = 3, 256, 5
 LIMIT = Bytes(device=1000, host=600)
 
 
-def make_job(num_prompt: int, num_slots: int, shared: int, own: int, extra: int) -> Job:
+def make_job(num_prompt: int, num_slots: int, shared: int, own: int, extra: int, place: int = 0) -> Job:
     afterwards = Bytes(device=shared + own * num_slots, host=shared // 2)
     need = Need(
         prefill=afterwards + Bytes(device=extra, host=extra),
         shared=Bytes(device=shared, host=shared // 2),
         completion=Bytes(device=own),
+        room=Capacity(num_slots=place),
     )
     return Job(num_prompt=num_prompt, num_slots=num_slots, need=need)
 
@@ -35,7 +38,14 @@ def make_scheduler(cached: list[int]) -> Scheduler:
         budget.release(Bytes(host=cached.pop()))
         return True
 
-    return Scheduler(budget, max_num_seqs=SLOTS, max_prefill_tokens=TOKENS, max_num_waiting=WAITING, evict=evict)
+    return Scheduler(
+        budget,
+        max_num_seqs=SLOTS,
+        max_prefill_tokens=TOKENS,
+        max_num_waiting=WAITING,
+        evict=evict,
+        batch=BatchReservation(budget, lambda room: room.num_places * room.each.num_slots, lambda room: None),
+    )
 
 
 class Scheduling(RuleBasedStateMachine):
@@ -54,10 +64,11 @@ class Scheduling(RuleBasedStateMachine):
         shared=st.integers(0, 400),
         own=st.integers(0, 150),
         extra=st.integers(0, 100),
+        place=st.integers(0, 150),
     )
-    def submit(self, num_prompt: int, num_slots: int, shared: int, own: int, extra: int) -> None:
-        job = make_job(num_prompt, num_slots, shared, own, extra)
-        if not self.scheduler.budget.could_fit(job.need.prefill, beside=Bytes()):
+    def submit(self, num_prompt: int, num_slots: int, shared: int, own: int, extra: int, place: int) -> None:
+        job = make_job(num_prompt, num_slots, shared, own, extra, place)
+        if not self.scheduler.budget.could_fit(self.scheduler.need_alone(job), beside=Bytes()):
             return
         if len(self.scheduler.waiting) == WAITING:
             with pytest.raises(QueueFull):
@@ -102,7 +113,10 @@ class Scheduling(RuleBasedStateMachine):
         scheduler = self.scheduler
         inside = [*scheduler.reading, *scheduler.decoding]
         held = sum((job.reserved for job in inside), Bytes(host=sum(self.cached)))
+        held += scheduler.batch.bytes(scheduler.batch.room)
         assert scheduler.budget.reserved == held
+        least = Room.of((job.num_slots, job.need.room) for job in inside)
+        assert scheduler.batch.room.joined(least) == scheduler.batch.room
         assert held.device <= LIMIT.device and held.host <= LIMIT.host
         assert scheduler.num_free_slots == SLOTS - sum(job.num_slots for job in inside) >= 0
 
