@@ -13,7 +13,8 @@ from longshadow.compress.blocks import first_inputs, run_block
 from longshadow.compress.criterion import Criterion
 from longshadow.compress.matching import block_weights, stages_of
 from longshadow.compress.measure import MeasuredLayer
-from longshadow.compress.pipeline import RANK_MULTIPLE, SENSITIVITY_SAMPLES, SHRINKAGE, layer_weight
+from longshadow.compress.pipeline import SENSITIVITY_SAMPLES, SHRINKAGE
+from longshadow.compress.ranks import RANK_MULTIPLE, layer_weight
 from longshadow.compress.sensitivity import output_sensitivity
 from longshadow.compress.solver import Factors, Spectrum, factors_along
 from longshadow.compress.statistics import InputMoments

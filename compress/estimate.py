@@ -10,7 +10,8 @@ from torch import nn
 from longshadow.compress import krylov
 from longshadow.compress.blocks import decoder_blocks, layer_shape, linear_layers
 from longshadow.compress.criterion import Method
-from longshadow.compress.pipeline import GAIN_SAMPLES, SENSITIVITY_SAMPLES
+from longshadow.compress.pipeline import SENSITIVITY_SAMPLES
+from longshadow.compress.ranks import GAIN_SAMPLES
 from longshadow.compress.statistics import input_moments_are_cheaper
 
 FP32, FP64 = 4, 8

@@ -2,18 +2,16 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import nn
 
-from longshadow.compress.allocation import LayerGains, allocate
 from longshadow.compress.blocks import (
     HiddenStates,
     compensated,
     first_inputs,
-    layer_shape,
     linear_layers,
     run_block,
 )
@@ -21,18 +19,17 @@ from longshadow.compress.criterion import Criterion, Method
 from longshadow.compress.experts import LeftOut, left_out
 from longshadow.compress.matching import Stage, stages_of
 from longshadow.compress.measure import Calibrator, LayerReport
+from longshadow.compress.ranks import of_stage, spread_ranks, uniform_rank
 from longshadow.compress.sensitivity import output_sensitivity
 from longshadow.compress.shards import Shards
 from longshadow.compress.solver import Factors
+from longshadow.linears import on_onednn
 
 Propagate = Literal["sequential", "quantized", "original"]
-RANK_MULTIPLE = 8
 # Half-way is better than either end at every rank (bench/tables/eora_quality.py), and hardly worse than its neighbours.
 SHRINKAGE = 0.5
 # Squared gradients settle with far fewer tokens than second moments of inputs do.
 SENSITIVITY_SAMPLES = 8
-# So do sums over many directions, which ranks follow from.
-GAIN_SAMPLES = 16
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +95,6 @@ def compensate(
         logger.warning("%s", experts)
     criterion = Criterion(method=method, shrinkage=shrinkage)
     calibrator = Calibrator(of_original=propagate == "original", criterion=criterion)
-    start = first_inputs(original if propagate == "original" else quantized, samples)
     num_done, num_steps = 0, len(stages) * (1 if budget is None or uniform else 2)
 
     def done() -> None:
@@ -107,43 +103,44 @@ def compensate(
         if on_block is not None:
             on_block(num_done, num_steps)
 
-    if budget is not None and uniform:
-        rank = _uniform_rank(stages, budget)
-    sensitivity: dict[str, torch.Tensor] = {}
-    if method == "fisher":
-        sensitivity = output_sensitivity(original, samples[:SENSITIVITY_SAMPLES], head=head)
-    ranks: dict[str, int] | None = None
-    if rank is None:
-        assert budget is not None
-        gains = _gains(stages, calibrator, start, sensitivity, shards, done)
-        ranks = allocate(gains, budget, multiple=RANK_MULTIPLE)
-    result = Compensation(left_out=experts)
-    hidden = start
-    for stage in stages:
-        saved = None if shards is None else shards.load(f"block_{stage.number:05d}")
-        if saved is None:
-            measured = calibrator.measure(stage.original, stage.quantized, hidden, stage.name)
-            wanted = {name: rank if ranks is None else ranks[stage.names[name]] for name in measured}
-            solved = calibrator.solve(
-                measured,
-                stage.original if calibrator.of_original else stage.quantized,
-                hidden,
-                {name: it for name, it in wanted.items() if it is not None},
-                _of_stage(sensitivity, stage),
-                dtype,
-            )
-            if shards is not None:
-                _save(shards, stage, solved)
-        else:
-            solved = _solved(*saved)
-        for name, (factors, report) in solved.items():
-            result.layers[stage.names[name]] = report
-            if factors is not None:
-                result.factors[stage.names[name]] = factors
-        if stage is not stages[-1]:
-            hidden = _next_inputs(stage, hidden, propagate, {name: pair for name, (pair, _) in solved.items()})
-        done()
-    return result
+    with on_onednn(original, quantized):
+        start = first_inputs(original if propagate == "original" else quantized, samples)
+        if budget is not None and uniform:
+            rank = uniform_rank(stages, budget)
+        sensitivity: dict[str, torch.Tensor] = {}
+        if method == "fisher":
+            sensitivity = output_sensitivity(original, samples[:SENSITIVITY_SAMPLES], head=head)
+        ranks: dict[str, int] | None = None
+        if rank is None:
+            assert budget is not None
+            ranks = spread_ranks(stages, calibrator, start, sensitivity, budget, shards=shards, on_stage=done)
+        result = Compensation(left_out=experts)
+        hidden = start
+        for stage in stages:
+            saved = None if shards is None else shards.load(f"block_{stage.number:05d}")
+            if saved is None:
+                measured = calibrator.measure(stage.original, stage.quantized, hidden, stage.name)
+                wanted = {name: rank if ranks is None else ranks[stage.names[name]] for name in measured}
+                solved = calibrator.solve(
+                    measured,
+                    stage.original if calibrator.of_original else stage.quantized,
+                    hidden,
+                    {name: it for name, it in wanted.items() if it is not None},
+                    of_stage(sensitivity, stage),
+                    dtype,
+                )
+                if shards is not None:
+                    _save(shards, stage, solved)
+            else:
+                solved = _solved(*saved)
+            for name, (factors, report) in solved.items():
+                result.layers[stage.names[name]] = report
+                if factors is not None:
+                    result.factors[stage.names[name]] = factors
+            if stage is not stages[-1]:
+                hidden = _next_inputs(stage, hidden, propagate, {name: pair for name, (pair, _) in solved.items()})
+            done()
+        return result
 
 
 def _next_inputs(
@@ -160,65 +157,6 @@ def _next_inputs(
     }
     with compensated(added):
         return run_block(stage.quantized, hidden)
-
-
-def _uniform_rank(stages: list[Stage], budget: int) -> int:
-    """The largest rank, of whole eights, that all layers can have."""
-    layers = [layer for stage in stages for layer in linear_layers(stage.quantized).values()]
-    cost = sum(sum(layer_shape(layer)) for layer in layers)
-    rank = budget // cost // RANK_MULTIPLE * RANK_MULTIPLE
-    if rank == 0:
-        raise ValueError(
-            f"a budget of {budget} weights is too small: rank {RANK_MULTIPLE} for every layer needs "
-            f"{RANK_MULTIPLE * cost}"
-        )
-    return rank
-
-
-def _of_stage(sensitivity: dict[str, torch.Tensor], stage: Stage) -> dict[str, torch.Tensor]:
-    return {name: sensitivity[whole] for name, whole in stage.names.items() if whole in sensitivity}
-
-
-def _gains(
-    stages: list[Stage],
-    calibrator: Calibrator,
-    hidden: HiddenStates,
-    sensitivity: dict[str, torch.Tensor],
-    shards: Shards | None,
-    done: Callable[[], None],
-) -> dict[str, LayerGains]:
-    """Of all layers, without compensation before them."""
-    gains = {}
-    hidden = replace(hidden, samples=hidden.samples[:GAIN_SAMPLES])
-    for stage in stages:
-        saved = None if shards is None else shards.load(f"gains_{stage.number:05d}")
-        if saved is None:
-            measured = calibrator.measure(stage.original, stage.quantized, hidden, stage.name)
-            weights = _of_stage(sensitivity, stage)
-            tensors = {name: layer.gains(calibrator.criterion, weights.get(name)) for name, layer in measured.items()}
-            facts = {name: layer.output_energy for name, layer in measured.items()}
-            if shards is not None:
-                shards.save(f"gains_{stage.number:05d}", tensors, facts)
-        else:
-            tensors, facts = saved
-        layers = linear_layers(stage.quantized)
-        for name, energy in facts.items():
-            gains[stage.names[name]] = LayerGains(
-                gains=tensors[name],
-                cost=sum(layer_shape(layers[name])),
-                weight=layer_weight(calibrator.criterion, energy),
-            )
-        if stage is not stages[-1]:
-            hidden = run_block(stage.original if calibrator.of_original else stage.quantized, hidden)
-        done()
-    return gains
-
-
-def layer_weight(criterion: Criterion, output_energy: float) -> float:
-    """Of a layer's error among the layers'."""
-    if criterion.method == "fisher":
-        return 1.0  # the loss's own gradients have weighed it
-    return 1 / output_energy if output_energy else 0.0
 
 
 def _save(shards: Shards, stage: Stage, solved: dict[str, tuple[Factors | None, LayerReport]]) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from longshadow.engine.runtime.batch import BatchCache, BatchLayer, Chunk, Work
 from longshadow.engine.runtime.batch_room import Room
 from longshadow.engine.runtime.batched_steps import BatchedSteps
-from longshadow.engine.runtime.linears import run_on_onednn
+from longshadow.linears import run_on_onednn
 from longshadow.engine.runtime.probing import attention_modules, layer_shapes
 from longshadow.engine.runtime.shapes import LayerShape
 from longshadow.engine.runtime.state import BlockedEnergy, LayerSequence, SequenceState

@@ -5,7 +5,8 @@ AMD's. The weights stay as they are.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,15 @@ def run_on_onednn(model: nn.Module) -> Callable[[], None]:
             vars(module).pop("forward", None)
 
     return undo
+
+
+@contextmanager
+def on_onednn(*models: nn.Module) -> Iterator[None]:
+    """Within, the models run so."""
+    with ExitStack() as stack:
+        for model in models:
+            stack.callback(run_on_onednn(model))
+        yield
 
 
 def _linear(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:

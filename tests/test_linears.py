@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from longshadow.engine.runtime.linears import run_on_onednn
 from longshadow.engine.runtime.runner import ModelRunner
 from longshadow.engine.shadowkv import ShadowKVConfig
+from longshadow.linears import on_onednn, run_on_onednn
 from tests.tiny_models import tiny_model
 
 OPERATOR = "mkldnn::_linear_pointwise"
@@ -76,3 +76,10 @@ def test_a_runner_gives_the_layers_back() -> None:
     assert linears and all("forward" in vars(module) for module in linears)
     runner.close()
     assert not any("forward" in vars(module) for module in linears)
+
+
+def test_models_run_so_within() -> None:
+    models = [nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))]
+    with on_onednn(*models):
+        assert all("forward" in vars(model[0]) for model in models)
+    assert not any("forward" in vars(model[0]) for model in models)
