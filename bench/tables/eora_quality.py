@@ -26,6 +26,8 @@ from longshadow.models import load_model
 
 NONE, ALL = "none", "all"
 ADAPTER_DTYPE = torch.bfloat16
+# The grid that the model's weights come from: rounding to it changes nothing.
+OWN_GRID = RoundToNearest(bits=4, group=32)
 ROUNDINGS = ((3, 64), (3, 32), (2, 32))
 
 
@@ -156,6 +158,8 @@ def _of_bits(model: nn.Module, bits: float, judges: Judges, session: Session) ->
         for layer in linear_layers(block).values()
     }
     rounding = finest_rounding(bits, widths)
+    if rounding == OWN_GRID:
+        rounding = finest_rounding(math.nextafter(OWN_GRID.bits_per_weight, 0), widths)
     if rounding is None:
         return None
 

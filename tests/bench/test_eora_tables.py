@@ -55,6 +55,19 @@ def test_eora_quality(monkeypatch):
     assert by_method["SVD"]["behind_low"] <= by_method["SVD"]["behind"] <= by_method["SVD"]["behind_high"]
 
 
+def test_the_models_own_grid_is_left_out():
+    judges = SimpleNamespace(of_report=[], report=[])
+    named = []
+
+    def unit(name, measure):
+        named.append(name)
+        return {"divergence": 1.0}
+
+    for bits in (4.9, 5.0, 6.0):
+        eora_quality._of_bits(tiny_model(), bits, judges, SimpleNamespace(unit=unit))
+    assert named == ["3 bits, groups of 32, alone", "3 bits, groups of 32, alone", "5 bits, groups of 32, alone"]
+
+
 def test_eora_time(monkeypatch):
     monkeypatch.setitem(eora_time.SHAPES, "smollm2-135m", replace(SHAPE, num_layers=3))
     config = eora_time.Config(layers=2, samples=2, length=64, rank=4, solver_shapes=((48, 96), (96, 48)))
