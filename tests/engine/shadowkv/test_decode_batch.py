@@ -1,5 +1,6 @@
 """A batch decoded together by operators against the same sequences decoded one by one."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from longshadow.engine.shadowkv.config import ShadowKVConfig
 from longshadow.engine.shadowkv.decode import StepCounts
 from longshadow.engine.shadowkv.decode_batch import DecodeBatch
 from longshadow.engine.shadowkv.rope import RotaryLayout
+from longshadow.engine.shadowkv.step_buffers import Capacity
 from tests.engine.shadowkv.batches import SMALL, Setting, copies, decode_alone, decode_together
 
 CPU = torch.device("cpu")
@@ -139,3 +141,29 @@ def test_launches_stay_the_same_until_memory_moves() -> None:
     assert len(set(signatures)) == 1
     decode_together(setting, batch, [layer[:1] for layer in sequences], [setting.new_tokens(1) for _ in sequences])
     assert batch.signature != signatures[0]
+
+
+def test_a_batch_holds_what_it_is_told_and_lets_places_go() -> None:
+    """The same launches while sequences come, leave and grow; another size frees everything at once."""
+    setting = Setting(config=ShadowKVConfig(**SMALL))
+    batch = make_batch(setting)
+    sequences = setting.sequences([[103], [90], [38]])
+    room = Capacity(num_segments=3, num_chunks=80, num_candidates=20, num_selected=10, num_slots=20)
+    batch.hold(2, room)
+    signatures, segment = set(), weakref.ref(sequences[0][0].segments[0])
+    for seats in ([0, None], [0, 1], [2, 1], [None, 1]):
+        seated = [[None if seat is None else layer[seat] for seat in seats] for layer in sequences]
+        decode_together(setting, batch, seated, [setting.new_tokens(2) for _ in sequences])
+        signatures.add(batch.signature)
+    assert len({version for version, _ in signatures}) == 1
+    decode_together(setting, batch, [layer[:2] for layer in sequences], [setting.new_tokens(2) for _ in sequences])
+    for layer in sequences:
+        del layer[0]
+    del seated
+    assert segment() is not None
+    batch.vacate(0)
+    assert segment() is None
+    batch.hold(2, room)
+    assert batch.tensors()["resident"]
+    batch.hold(1, room)
+    assert not batch.tensors()["resident"]
