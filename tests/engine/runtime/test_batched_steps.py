@@ -5,6 +5,7 @@ Without a GPU nothing is captured; everything else is as under a graph.
 
 import asyncio
 import gc
+import itertools
 import random
 import weakref
 from dataclasses import fields
@@ -18,6 +19,7 @@ from longshadow.engine.ops import Operators, SegmentTable
 from longshadow.engine.runtime.accounting import Accounting
 from longshadow.engine.runtime.batch import Chunk
 from longshadow.engine.runtime.batch_room import Room
+from longshadow.engine.runtime.errors import RequestTooLong
 from longshadow.engine.runtime.runner import ModelRunner
 from longshadow.engine.runtime.state import SequenceState
 from longshadow.engine.shadowkv.decode_batch import DecodeBatch
@@ -125,6 +127,24 @@ def test_requests_and_documents_that_come_and_go(monkeypatch: pytest.MonkeyPatch
         for whole, begun in zip(tokens_of(one), tokens_of(other), strict=True):
             assert whole[: len(begun)] == begun
             assert index in cancelled or whole == begun
+
+
+def test_memory_admits_only_those_whose_batch_fits(operated: None) -> None:
+    """One after the other where there is room for one, to the byte; a byte less, and the request is refused."""
+    with engine(prefix_cache=False) as llm:
+        inner, params = llm._engine, SamplingParams(max_tokens=20, temperature=0)
+        need = llm._accounting.need(200, 19)
+        batch = inner.scheduler.batch.bytes(Room.of([(1, need.room)]))
+        assert batch.device > 0
+        inner.budget.device_limit = (inner.holdings.held + need.prefill + batch).device + need.prefill.host
+        outputs = llm.generate([list(range(1, 201))] * 3, params)
+        assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == 1
+        spans = sorted((o.metrics.arrival + (o.metrics.queue_seconds or 0), o.metrics.finished or 0) for o in outputs)
+        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+        assert_nothing_is_left(llm)
+        inner.budget.device_limit -= 1
+        with pytest.raises(RequestTooLong, match="bytes of device"):
+            llm.generate(list(range(1, 201)), params)
 
 
 @torch.inference_mode()
