@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longshadow.engine.runtime.accounting import Accounting, Need
 from longshadow.engine.runtime.chat import encode_chat, encode_document
-from longshadow.engine.runtime.document_file import Header, read_document, write_document
+from longshadow.engine.runtime.document_file import read_document, write_document
+from longshadow.engine.runtime.document_header import Header
 from longshadow.engine.runtime.documents import Document
 from longshadow.engine.runtime.engine import Engine
 from longshadow.engine.runtime.errors import DocumentError, QueueFull, RequestTooLong

@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import torch
 
-from longshadow.engine.runtime.document_file import Header
+from longshadow.engine.runtime.document_header import Header
 from longshadow.engine.runtime.runner import ModelRunner
 from longshadow.engine.runtime.state import SequenceState
 from longshadow.engine.runtime.windows import WindowSequence
