@@ -63,7 +63,7 @@ def shadowkv_config(
         rank=fixed_rank,
         rank_energy=AUTO_RANK_ENERGY if rank == "auto" else None,
         factor_dtype=None if key_dtype is None else key_dtype.value,
-        value_dtype=None if value_dtype is None else value_dtype.value,
+        value_dtype=None if value_dtype is None else "int8",
     )
 
 
