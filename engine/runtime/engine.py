@@ -18,12 +18,12 @@ from longshadow.engine.runtime.errors import EngineClosed, RequestTooLong
 from longshadow.engine.runtime.holdings import Holdings
 from longshadow.engine.runtime.memory import Bytes, MemoryBudget
 from longshadow.engine.runtime.outputs import EngineStatistics
-from longshadow.engine.runtime.prefixes import PrefixCache, head_of, resume
+from longshadow.engine.runtime.prefixes import PrefixCache, head_of
 from longshadow.engine.runtime.requests import Completion, Reading, Request
 from longshadow.engine.runtime.runner import ModelRunner
 from longshadow.engine.runtime.sampling import choose_tokens
 from longshadow.engine.runtime.scheduler import Job, Scheduler
-from longshadow.engine.runtime.state import BLOCK_TOKENS
+from longshadow.engine.runtime.starts import Starts, next_chunk
 
 
 class Engine:
@@ -42,7 +42,7 @@ class Engine:
         max_num_waiting: int,
     ) -> None:
         """`fixed`: what the engine itself takes. Raises ValueError when that does not fit."""
-        self.runner, self.accounting, self.budget = runner, accounting, budget
+        self.runner, self.budget = runner, budget
         self.holdings = Holdings(budget, fixed, prefixes)
         self.scheduler = Scheduler(
             budget,
@@ -57,6 +57,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._closed: EngineClosed | None = None
         self._counters = Counters()
+        self._starts = Starts(runner, accounting, prefixes, self._counters)
         self._thread = threading.Thread(target=self._run, name="longshadow-engine", daemon=True)
         self._thread.start()
 
@@ -189,8 +190,9 @@ class Engine:
     def _step(self) -> None:
         with self._lock:
             self._drop_cancelled()
-            plan = self.scheduler.plan(self._admitted, self._may_start)
-            chunks = [self._chunk(job, count) for job, count in plan]
+            reading = self.scheduler.reading
+            plan = self.scheduler.plan(self._starts.begin, lambda job: self._starts.may_start(job, reading))
+            chunks = [next_chunk(job, count) for job, count in plan]
             decoding = [
                 completion
                 for job in self.scheduler.decoding
@@ -225,58 +227,6 @@ class Engine:
             assert completion.state is not None
             states.append(completion.state)
         return self.runner.decode(states, [completion.token_ids[-1] for completion in decoding])
-
-    def _admitted(self, job: Job) -> None:
-        """A job has its memory: makes its sequence, from a document or from an earlier prompt's head."""
-        if isinstance(job, Reading):
-            job.state = self.runner.new_state(job.num_prompt, blocked_energy=True)
-            return
-        assert isinstance(job, Request)
-        job.admitted = time.monotonic()
-        if job.document is not None:
-            job.state = job.document.state.fork(job.max_tokens)
-            job.num_cached_tokens = job.document.num_tokens
-        else:
-            job.state = self.runner.new_state(job.max_tokens, blocked_energy=True)
-            if self.holdings.prefixes is not None:
-                self._use_prefix(job, self.holdings.prefixes)
-        self._counters.num_cached += job.num_cached_tokens
-
-    def _may_start(self, job: Job) -> bool:
-        """Not while a prompt is read whose head, once it is kept, saves this one more than any that is kept now."""
-        prefixes = self.holdings.prefixes
-        if prefixes is None or not isinstance(job, Request) or job.document is not None:
-            return True
-        read = [other for other in self.scheduler.reading if isinstance(other, Request) and other.keeps_head]
-        return not prefixes.would_gain(job.prompt, [other.prompt for other in read])
-
-    def _use_prefix(self, job: Request, prefixes: PrefixCache) -> None:
-        assert job.state is not None
-        job.keeps_head = (
-            job.num_prompt >= BLOCK_TOKENS
-            and prefixes.admits(self._head_bytes(prefixes, job.num_prompt))
-            and not prefixes.covers(job.prompt)
-        )
-        match = prefixes.match(job.prompt)
-        if match is not None:
-            head, num_tokens = match
-            resume(job.state, head, num_tokens, job.num_prompt, self.runner.device)
-            job.num_read = job.num_cached_tokens = num_tokens
-
-    def _head_bytes(self, prefixes: PrefixCache, num_prompt: int) -> Bytes:
-        return prefixes.size(num_prompt, self.accounting.token_bytes, self.accounting.energy_bytes)
-
-    def _chunk(self, job: Job, count: int) -> Chunk:
-        assert isinstance(job, Request | Reading) and job.state is not None
-        tokens = job.prompt if isinstance(job, Request) else job.tokens
-        stop = job.num_read + count
-        return Chunk(
-            state=job.state,
-            tokens=tokens[job.num_read : stop],
-            is_last=stop == job.num_prompt,
-            num_prompt=job.num_prompt,
-            keeps_head=isinstance(job, Request) and job.keeps_head,
-        )
 
     def _take_tokens(self, decoding: Sequence[Completion], logits_BV: torch.Tensor | None) -> set[Request]:
         """Samples every decoding completion's next token; the requests that have new ones."""
@@ -328,7 +278,7 @@ class Engine:
         """Ends a prompt's reading and offers its exact tokens to later prompts, if there is memory for them."""
         head = None
         if job.keeps_head and self.holdings.prefixes is not None:
-            head = head_of(chunk, job.prompt, self._head_bytes(self.holdings.prefixes, job.num_prompt))
+            head = head_of(chunk, job.prompt, self._starts.head_bytes(self.holdings.prefixes, job.num_prompt))
         chunk.state.forget_blocks()
         self.scheduler.finish_reading(job)
         if head is not None:
