@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from longshadow.engine.runtime.batch import BatchCache, BatchLayer, Chunk, Work
 from longshadow.engine.runtime.batch_room import Room
 from longshadow.engine.runtime.batched_steps import BatchedSteps
-from longshadow.linears import run_on_onednn
 from longshadow.engine.runtime.probing import attention_modules, layer_shapes
 from longshadow.engine.runtime.shapes import LayerShape
 from longshadow.engine.runtime.state import BlockedEnergy, LayerSequence, SequenceState
@@ -31,6 +30,7 @@ from longshadow.engine.shadowkv.query_weights import QueryEnergy
 from longshadow.engine.shadowkv.rope import Rotation
 from longshadow.engine.shadowkv.sequence import RotationTable
 from longshadow.engine.shadowkv.step_buffers import Geometry
+from longshadow.linears import run_on_onednn
 from longshadow.models import max_positions
 
 
