@@ -15,7 +15,9 @@ WRITTEN_BY_RUNS = ("bench/results", "bench/RESULTS.md")
 
 DECIDING_SOURCES = (
     "engine/**/*.py",
+    "compress/**/*.py",
     "bench/**/*.py",
+    "src/longshadow/linears.py",
     "src/longshadow/model_sources.py",
     "src/longshadow/models.py",
     "src/longshadow/gguf_files.py",
