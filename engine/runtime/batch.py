@@ -19,6 +19,7 @@ from longshadow.engine.shadowkv.attention import expect_handoff, mark
 from longshadow.engine.shadowkv.decode_batch import DecodeBatch
 from longshadow.engine.shadowkv.exact import AttentionParameters
 from longshadow.engine.shadowkv.sequence import RotationTable, Sequence
+from longshadow.engine.shadowkv.shared_decode import attend_tokens
 from longshadow.engine.shadowkv.storage import ExactTokens
 
 
@@ -129,12 +130,19 @@ class BatchLayer(CacheLayerMixin):
             new = query.squeeze(2), keys.squeeze(2), values.squeeze(2)
             return self._work.batch.attend(self._place_in_batch, *new, parameters).unsqueeze(2)
         out = query.new_zeros(*query.shape[:3], values.shape[3])
+        compressed: dict[int, Sequence] = {}
         for row, state in enumerate(self._work.decoding):
             if state is None:
                 continue
             sequence = state.layers[self._index]
             sequence.append(keys[row], values[row], self._rotations)
-            out[row, :, 0] = sequence.attend_token(query[row, :, 0], parameters)
+            if isinstance(sequence, Sequence):
+                compressed[row] = sequence
+            else:
+                out[row, :, 0] = sequence.attend_token(query[row, :, 0], parameters)
+        if compressed:
+            rows = list(compressed)
+            out[rows, :, 0] = attend_tokens([*compressed.values()], query[rows, :, 0], parameters)
         return out
 
     def _read(

@@ -33,12 +33,19 @@ def step_sizes(config: ShadowKVConfig, num_context: int, num_available: int, dev
 
 
 def score_chunks(
-    query_HGD: torch.Tensor, segments: Sequence_[Segment], scaling: float, softcap: float | None
+    query_HGD: torch.Tensor,
+    segments: Sequence_[Segment],
+    scaling: float,
+    softcap: float | None,
+    *,
+    num_sequences: int = 1,
 ) -> torch.Tensor:
     """Scores of the chunks of all segments, one after the other, per KV head [H, C].
 
     softmax over the chunks of scaling * query . landmark (soft-capped like attention's own logits), then the
     maximum over the query heads that share a KV head. Exact chunks, attended anyway, score -inf.
+
+    Of several sequences, whose queries lie one after the other in G, each KV head has a row for each: [H B, C].
     """
     scaled = query_HGD * scaling
     logits = join([dot(scaled, segment.landmarks.slice(0, scaled.shape[0])) for segment in segments])
@@ -46,7 +53,8 @@ def score_chunks(
     starts = itertools.accumulate((segment.num_chunks for segment in segments), initial=0)
     excluded = join([segment.exact_chunks + start for segment, start in zip(segments, starts, strict=False)], dim=1)
     logits.scatter_(2, excluded.unsqueeze(1).expand(-1, logits.shape[1], -1), -torch.inf)
-    return logits.softmax(-1).amax(1).scatter_(1, excluded, -torch.inf)
+    scores: torch.Tensor = logits.softmax(-1).unflatten(1, (num_sequences, -1)).amax(2)
+    return scores.scatter_(2, excluded.unsqueeze(1).expand(-1, num_sequences, -1), -torch.inf).flatten(0, 1)
 
 
 def dot(query_HGD: torch.Tensor, rows_HnD: torch.Tensor) -> torch.Tensor:
