@@ -20,30 +20,33 @@ def is_worthwhile(size: int, count: int) -> bool:
 
 
 def leading_eigenvectors(
-    apply: Callable[[torch.Tensor], torch.Tensor], size: int, count: int, *, device: torch.device | str = "cpu"
+    apply: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, count: int
 ) -> torch.Tensor | None:
     """Orthonormal [m, r], leading first, of the positive semidefinite matrix `apply` multiplies blocks [m, b] with.
 
-    The space of X, G X, G^2 X, ... is built up block by block in fp64, X random with a fixed seed, until each of the r
-    largest eigenvalues of G within it grows by no more than a hundred-thousandth. None where they do not settle.
+    The space of X, G X, G^2 X, ... is built up block by block in fp64, X = `start` [m, b], until each of the r largest
+    eigenvalues of G within it grows by no more than a hundred-thousandth. None where they do not settle. X should be
+    random, in the range of G.
     """
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(size, count + OVERSAMPLING, generator=generator, dtype=torch.float64).to(device)
-    newest = basis = torch.linalg.qr(start).Q
-    projected = basis.new_zeros(0, 0)
-    captured = basis.new_zeros(count)
-    for _ in range(MAXIMUM_STEPS):
-        image = apply(newest)
-        along = basis.T @ image
+    size, width = start.shape
+    # A vector to a row, in memory that is touched as far as steps go.
+    basis = start.new_empty(MAXIMUM_STEPS * width, size)
+    basis[:width] = torch.linalg.qr(start).Q.T
+    projected = start.new_zeros(0, 0)
+    captured = start.new_zeros(count)
+    for known in range(width, len(basis) + 1, width):
+        spanned = basis[:known]
+        image = apply(spanned[-width:].T)
+        along = spanned @ image
         projected = _bordered(projected, along)
         gains, rotations = torch.linalg.eigh(projected)
         leading = gains[-count:]
         if bool((leading - captured <= TOLERANCE * leading + ROUNDING * leading[-1]).all()):
-            vectors: torch.Tensor = basis @ rotations[:, -count:].flip(1)
+            vectors: torch.Tensor = spanned.T @ rotations[:, -count:].flip(1)
             return vectors
         captured = leading
-        newest = _orthonormal_beside(basis, image - basis @ along)
-        basis = torch.cat([basis, newest], 1)
+        if known < len(basis):
+            basis[known : known + width] = _orthonormal_beside(spanned, image.addmm_(spanned.T, along, alpha=-1)).T
     return None
 
 
@@ -56,8 +59,8 @@ def _bordered(projected: torch.Tensor, along: torch.Tensor) -> torch.Tensor:
     return (grown + grown.T) / 2
 
 
-def _orthonormal_beside(basis: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """Orthonormal columns that span what the block, already almost free of the basis, adds to it."""
+def _orthonormal_beside(spanned: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """Orthonormal columns that span what the block [m, b], already almost free of the rows [k, m], adds to them."""
     block = torch.linalg.qr(block).Q
-    beside: torch.Tensor = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+    beside: torch.Tensor = torch.linalg.qr(block.addmm_(spanned.T, spanned @ block, alpha=-1)).Q
     return beside

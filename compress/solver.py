@@ -89,8 +89,8 @@ def leading_directions(residual: torch.Tensor, moments: Moments, rank: int) -> t
     """The first `rank` directions of the spectrum, [m, r] (at most its k); large layers need no whole spectrum."""
     residual = residual.double()
     if krylov.is_worthwhile(min(residual.shape), rank):
-        product = moments.error_operator(residual)
-        directions = krylov.leading_eigenvectors(product, len(residual), rank, device=residual.device)
+        start = moments.random_errors(residual, rank + krylov.OVERSAMPLING)
+        directions = krylov.leading_eigenvectors(moments.error_operator(residual), start, rank)
         if directions is not None:
             return directions
     return spectrum_of(residual, moments).directions[:, :rank]

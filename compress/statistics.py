@@ -35,6 +35,10 @@ class Moments(Protocol):
         """What multiplies a block [m, b] with G, in fp64, without making G where that is dear."""
         ...
 
+    def random_errors(self, residual: torch.Tensor, count: int) -> torch.Tensor:
+        """Random combinations of errors, [m, count] in fp64, the same at every call: a block in the range of G."""
+        ...
+
     def shrunk(self, share: float) -> "Moments":
         """Those of C moved by the share, 0 to 1, toward its diagonal."""
         ...
@@ -89,6 +93,11 @@ class InputMoments:
         # Wide by tall products, the block's rows first, are faster on a CPU than tall by thin ones.
         return lambda block: (((block.T @ residual) @ matrix) @ residual.T).T
 
+    def random_errors(self, residual: torch.Tensor, count: int) -> torch.Tensor:
+        """As `Moments`: R C times a random block, which costs half a product with G."""
+        matrix = self.matrix
+        return residual.double() @ (matrix @ _random_block(len(matrix), count, matrix.device))
+
     def shrunk(self, share: float) -> "InputMoments":
         """As `Moments`."""
         matrix = self.matrix
@@ -131,6 +140,10 @@ class ErrorMoments:
         """As `Moments`, for the residual it was made for."""
         gram = self.error_gram(residual)
         return lambda block: gram @ block
+
+    def random_errors(self, residual: torch.Tensor, count: int) -> torch.Tensor:
+        """As `Moments`, for the residual it was made for."""
+        return self.error_gram(residual) @ _random_block(len(residual), count, residual.device)
 
     def shrunk(self, share: float) -> "ErrorMoments":
         """As `Moments`."""
@@ -201,6 +214,11 @@ class RefitMoments:
 def input_moments_are_cheaper(width: int, heights: Sequence[int]) -> bool:
     """Whether C costs fewer operations a token than every layer's own G: n^2 against the sum of m n + m^2."""
     return width * width <= sum(height * (width + height) for height in heights)
+
+
+def _random_block(size: int, count: int, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(size, count, generator=generator, dtype=torch.float64).to(device)
 
 
 def _mean(total: torch.Tensor, count: int) -> torch.Tensor:
