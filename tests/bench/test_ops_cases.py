@@ -26,7 +26,7 @@ MODULES = (*DECODING, summarize_keys)
 # Weights sum to 1: what a wrong operator writes must differ by more than the tolerance.
 WRITTEN = {
     "score_chunks": -2,
-    "top_chunks": -2,
+    "top_chunks": -1,
     "plan_chunks": -3,
     "score_tokens": -2,
     "sparse_attention": -3,
