@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import torch
 
-from longshadow.engine.shadowkv.decode import attend_sparsely
 from longshadow.engine.shadowkv.exact import AttentionParameters, attention_logits, attention_weights, weigh_values
 from longshadow.engine.shadowkv.selection import (
     StepSizes,
@@ -38,17 +37,14 @@ def attend_tokens(sequences: Sequence_[Sequence], query: torch.Tensor, parameter
         groups.setdefault(tuple(map(id, sequence.segments)), []).append(row)
     out = query.new_empty(*query.shape[:2], sequences[0].tail.values.shape[2])
     for rows in groups.values():
-        sizes = _common_sizes([sequences[row] for row in rows], query.device)
+        sizes = _common_sizes([sequences[row] for row in rows], query.device) if len(rows) > 1 else None
         for some in _in_parts(rows, sequences, sizes):
             members = [sequences[row] for row in some]
             if sizes is not None and len(some) > 1:
                 out[some] = _attend_together(members, grouped[some], sizes, parameters).flatten(1, 2)
                 continue
-            for row, it in zip(some, members, strict=True):
-                attended = attend_sparsely(
-                    grouped[row], it.segments, it.tail, it.resident, it.config, parameters, it.counts
-                )
-                out[row] = attended.flatten(0, 1)
+            for row, sequence in zip(some, members, strict=True):
+                out[row] = sequence.attend_token(query[row], parameters)
     return out
 
 
