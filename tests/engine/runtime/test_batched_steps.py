@@ -8,14 +8,13 @@ import gc
 import itertools
 import random
 import weakref
-from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
 
 from longshadow import LLM, SamplingParams
-from longshadow.engine.ops import Operators, SegmentTable
+from longshadow.engine.ops import SegmentTable
 from longshadow.engine.runtime.accounting import Accounting
 from longshadow.engine.runtime.batch import Chunk
 from longshadow.engine.runtime.batch_room import Room
@@ -28,7 +27,7 @@ from tests.engine.runtime.engines import engine, small_config
 from tests.engine.runtime.test_llm import assert_nothing_is_left, last_of, text, tokens_of
 from tests.engine.runtime.test_runner import CONFIG, one_by_one, prompts, together
 from tests.engine.shadowkv.families import tiny_model
-from tests.engine.shadowkv.test_graphs import MADE_WITHIN, OUT, LaunchesOnly
+from tests.engine.shadowkv.test_graphs import LaunchesOnly, recording_operators
 
 
 @pytest.fixture
@@ -196,16 +195,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, operated: None) -> list[tuple[Any,
     """What steps launch, by name and addresses, instead of computing it."""
     launches: list[tuple[Any, ...]] = []
 
-    def recorder(name: str) -> Any:
-        def launch(*arguments: Any) -> None:
-            kept = (x for index, x in enumerate(arguments) if index not in MADE_WITHIN.get(name, (0,)))
-            launches.append((name, *(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in kept)))
-            if name == "sparse_attention":
-                arguments[OUT].zero_()
-
-        return launch
-
-    recorders = Operators(**{part.name: recorder(part.name) for part in fields(Operators)})
+    recorders = recording_operators(launches)
     monkeypatch.setattr(
         "longshadow.engine.runtime.runner.decode_batch",
         lambda model, config, chosen: DecodeBatch(recorders, config, model.device),

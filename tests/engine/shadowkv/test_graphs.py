@@ -253,14 +253,8 @@ class LaunchesOnly(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "phi", "phi3", "glm4", "olmo2", "granite"])
-@pytest.mark.parametrize("candidate_factor", [1, 3])
-def test_a_step_launches_the_same_operators_on_the_same_memory(
-    family: str, candidate_factor: float, operated: None
-) -> None:
-    """As capturing it requires: nothing of the step depends on the tokens, their number, or where tails lie."""
-    model = tiny_model(family)
-    launches: list[tuple[Any, ...]] = []
+def recording_operators(launches: list[tuple[Any, ...]]) -> Operators:
+    """What is launched goes into the list, by name and addresses, instead of being computed."""
 
     def recorder(name: str) -> Any:
         def launch(*arguments: Any) -> None:
@@ -271,8 +265,20 @@ def test_a_step_launches_the_same_operators_on_the_same_memory(
 
         return launch
 
+    return Operators(**{part.name: recorder(part.name) for part in fields(Operators)})
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "phi", "phi3", "glm4", "olmo2", "granite"])
+@pytest.mark.parametrize("candidate_factor", [1, 3])
+def test_a_step_launches_the_same_operators_on_the_same_memory(
+    family: str, candidate_factor: float, operated: None
+) -> None:
+    """As capturing it requires: nothing of the step depends on the tokens, their number, or where tails lie."""
+    model = tiny_model(family)
+    launches: list[tuple[Any, ...]] = []
+
     config = ShadowKVConfig(**COMPRESSING, candidate_factor=candidate_factor, resident_factor=1)
-    recorders = Operators(**{part.name: recorder(part.name) for part in fields(Operators)})
+    recorders = recording_operators(launches)
     steps = []
     with ShadowKVCache.for_model(model, config) as cache, torch.no_grad():
         model(prompt(130, batch=2), past_key_values=cache)
