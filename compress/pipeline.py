@@ -26,7 +26,7 @@ from longshadow.compress.solver import Factors
 from longshadow.linears import on_onednn
 
 Propagate = Literal["sequential", "quantized", "original"]
-# Half-way is better than either end at every rank (bench/tables/eora_quality.py), and hardly worse than its neighbours.
+# Over all quantisers and ranks of bench/tables/eora_quality.py, half-way leaves less than either end.
 SHRINKAGE = 0.5
 # Squared gradients settle with far fewer tokens than second moments of inputs do.
 SENSITIVITY_SAMPLES = 8

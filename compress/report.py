@@ -163,13 +163,19 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("original", report["original"]),
         ("quantised model", report["quantized"]),
-        ("method", f"{report['method']}, shrinkage {report['shrinkage']:g}"),
+        ("method", _method(report)),
         ("rank", shown),
         ("calibration", f"{calibration['samples']} x {report['sequence_length']} tokens of {calibration['text']}"),
         ("activations", report["propagate"]),
         *([("not compensated", _left_out(report["left_out"]))] if report["left_out"] else []),
         *((f"version of {name}", version) for name, version in report["versions"].items()),
     ]
+
+
+def _method(report: dict[str, Any]) -> str:
+    """With the shrinkage, where that changes anything."""
+    method: str = report["method"]
+    return f"{method}, shrinkage {report['shrinkage']:g}" if method in ("eora", "fisher") else method
 
 
 def _left_out(experts: dict[str, Any]) -> str:

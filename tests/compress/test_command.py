@@ -84,6 +84,7 @@ def test_files_for_people(models: tuple[Path, Path], tmp_path: Path) -> None:
     assert "data:image/png;base64," in page and "model.layers.1.mlp.down_proj" in page
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "library_name: peft" in card and "--max-lora-rank 8" in card
+    assert "- method: fisher, shrinkage 0.5" in card
     assert not list(tmp_path.glob(".*"))
 
 
