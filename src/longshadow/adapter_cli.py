@@ -62,6 +62,8 @@ def inspect(
             else:
                 print_inspection(inspection)
             return
+        if max_memory is not None:
+            raise ValueError("--max-memory goes with --original: an adapter's own files are small")
         from longshadow.compress.adapters.description import describe
         from longshadow.compress.adapters.reading import read_adapter
         from longshadow.compress.adapters.tables import print_description

@@ -63,6 +63,12 @@ def test_an_original_that_stays_on_disk(models: tuple[Path, Path]) -> None:
     assert limited["compensation"]["16"]["original_on_disk"] and not whole["compensation"]["16"]["original_on_disk"]
 
 
+def test_memory_of_an_adapter_is_no_matter(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["adapter", "inspect", str(tmp_path), "--max-memory", "8GB"])
+    assert result.exit_code == 2
+    assert result.stderr.strip() == "error: --max-memory goes with --original: an adapter's own files are small"
+
+
 def test_the_tables(models: tuple[Path, Path]) -> None:
     terminal = {"TTY_COMPATIBLE": "1", "NO_COLOR": "1", "COLUMNS": "100"}
     result = inspect(*models, env=terminal)
