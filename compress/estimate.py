@@ -24,15 +24,15 @@ SPEED_SIZE = 1024
 class Estimate:
     """Bytes and seconds.
 
-    memory = quantized + original + max(states + block, gradients, logits): the weights of both models (of an original
-    that stays on disk, its largest block), and either the inputs of a block for all samples with what is computed for
-    its layers, or, while outputs are weighed, the inputs of all blocks for some samples, or, while quality is measured,
-    logits.
+    memory = quantized + original + max(states + max(block, gradients), logits): the weights of both models (of an
+    original that stays on disk, its largest block), and either the inputs of a block for all samples with what is
+    computed for its layers, or for outputs to be weighed, or, while quality is measured, logits.
 
     Attributes:
         states: 2 N L d, for N samples of L tokens and hidden size d: inputs of this block and of the next.
         block: of the largest block, W, R and a copy per layer, its moments, and what the solver makes of them.
-        gradients: with the method fisher, inputs of all blocks for 8 samples, and one sample's activations in a block.
+        gradients: with the method fisher, inputs of all blocks for 8 samples, and of one sample the activations in a
+            block and 4 L V, its logits with their logarithms and the gradients of both, in fp32.
         logits: 4 L V, of both models with their logarithms, in fp32.
         adapter: on disk, at most.
     """
@@ -49,7 +49,7 @@ class Estimate:
     @property
     def memory(self) -> int:
         """In all."""
-        return self.quantized + self.original + max(self.states + self.block, self.gradients, self.logits)
+        return self.quantized + self.original + max(self.states + max(self.block, self.gradients), self.logits)
 
     @property
     def minutes(self) -> int:
@@ -112,6 +112,7 @@ def estimated(
     measuring = runs * 2 * (in_blocks + head) * tokens / 3
     # Forward twice and back once, as far as inputs.
     weighing = 3 * 2 * (in_blocks + head) * weighed * length
+    logits = 4 * length * int(config.vocab_size) * FP32
     activations = 2 * length * max(sum(m + n for m, n in shapes) for shapes in blocks)
     solving = sum(_solver_operations(m, n, rank) for it in blocks for m, n in it)
     return Estimate(
@@ -119,8 +120,8 @@ def estimated(
         original=(largest if original_on_disk else weights) * itemsize,
         states=2 * tokens * hidden * itemsize,
         block=max(_block_bytes(shapes) for shapes in blocks),
-        gradients=((len(blocks) + 1) * weighed * length * hidden + activations) * itemsize if weighed else 0,
-        logits=4 * length * int(config.vocab_size) * FP32,
+        gradients=((len(blocks) + 1) * weighed * length * hidden + activations) * itemsize + logits if weighed else 0,
+        logits=logits,
         adapter=adapter * adapter_itemsize,
         seconds=num_methods * ((passes * forward + moments) / speed.fp32 + solving / speed.fp64)
         + (measuring + weighing) / speed.fp32,

@@ -48,6 +48,7 @@ def print_plan(plan: "Plan") -> None:
         ("weights of the original" + (", the rest on disk" if plan.original_on_disk else ""), estimate.original),
         ("inputs of two blocks, for all samples", estimate.states),
         ("the work on one block", estimate.block),
+        ("or, before, gradients that outputs are weighed by", estimate.gradients),
         ("or, at the end, logits of both models", estimate.logits),
         ("memory in all, at most", estimate.memory),
         ("memory that it may take", plan.available),

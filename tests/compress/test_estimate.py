@@ -50,7 +50,11 @@ def test_more_work_takes_more() -> None:
     # Measuring runs the original once, whatever the number of methods.
     assert 1.5 * plain.seconds < estimate_of(model, methods=METHODS[:3]).seconds < 3 * plain.seconds
     weighed = estimate_of(model, methods=("fisher",))
-    assert weighed.seconds > plain.seconds and weighed.gradients > plain.gradients == 0
+    assert weighed.seconds > plain.seconds and plain.gradients == 0
+    # Inputs of the two blocks and of what follows them, while the logits of a sample are differentiated.
+    assert weighed.gradients > 3 * 8 * 64 * model.config.hidden_size * 4 + weighed.logits
+    large = estimate_of(model, methods=("fisher",), length=4096)
+    assert large.memory >= large.quantized + large.original + large.states + large.gradients
     assert estimate_of(model, speed=Speed(fp32=2e9, fp64=2e9)).seconds == plain.seconds / 2
 
 
