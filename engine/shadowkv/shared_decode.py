@@ -1,10 +1,12 @@
 """One decoding step of several sequences, those together that share their segments: questions on one document.
 
-Each attends to what it would attend to by itself (`decode`). The sequences stand beside each other as further heads, so
-landmarks are scored in one product, and keys are rebuilt and values read in one go.
+Each attends to what it would attend to by itself (`decode`). Landmarks are scored for all queries in one product.
+Questions on one document want many of the same chunks, so a chunk's keys are rebuilt once for all that want it, and
+multiplied with all queries; what a sequence did not ask for is dropped from its logits. From there on the sequences
+stand beside each other as further heads.
 
-Legend: B sequences, H KV heads, G query heads per KV head, D head_dim, V that of values, m candidate chunks, c chunk
-size, t selected tokens, T tokens of the longest tail.
+Legend: B sequences, H KV heads, G query heads per KV head, D head_dim, V that of values, m candidate chunks, n of all
+sequences, U wanted by any, C all chunks, c chunk size, t selected tokens, T tokens of the longest tail.
 """
 
 from collections.abc import Sequence as Sequence_
@@ -88,7 +90,11 @@ def _attend_together(
 
     scores = score_chunks(by_head, segments, parameters.scaling, parameters.softcap, num_sequences=num_sequences)
     candidates = select_chunks(scores, sizes.num_candidates)
-    keys = gather_keys(segments, of_all(candidates)).reshape(len(candidates), -1, query.shape[2])
+    union, places_in_union = _union(of_all(candidates), sum(segment.num_chunks for segment in segments))
+    keys = gather_keys(segments, union).flatten(1, 2)
+    of_union = attention_logits(by_head, keys, parameters).reshape(*query.shape[:2], -1, config.chunk_size)
+    places_in_union = places_in_union.view(len(candidates), 1, -1, 1)
+    wanted = of_union.gather(2, places_in_union.expand(-1, num_groups, -1, config.chunk_size)).flatten(2)
     tail_keys, tail_values, is_padding = _tails(sequences, num_heads)
     tail_logits = attention_logits(query, tail_keys, parameters)
     tail_logits.view(num_heads, num_sequences, num_groups, -1).masked_fill_(is_padding.unsqueeze(1), -torch.inf)
@@ -96,7 +102,7 @@ def _attend_together(
     exact_logits = [
         attention_logits(by_head, segment.exact_keys, parameters).view(*query.shape[:2], -1) for segment in exact
     ]
-    logits = [attention_logits(query, keys, parameters), tail_logits, *exact_logits]
+    logits = [wanted, tail_logits, *exact_logits]
     places: torch.Tensor | None = None
     if sizes.num_candidates > sizes.num_selected:
         places = select_tokens(attention_weights(logits, parameters)[0], sizes.num_selected * config.chunk_size)
@@ -111,6 +117,17 @@ def _attend_together(
     _count(sequences, sizes, num_exact=sum(segment.exact_keys.shape[1] for segment in exact), num_heads=num_heads)
     attended: torch.Tensor = out.unflatten(1, (num_sequences, num_groups)).transpose(0, 1)
     return attended.to(query_BHGD.dtype)
+
+
+def _union(chunks_Hn: torch.Tensor, num_chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The different chunks of each head [H, U], chunk 0 where a head has fewer, and where in it each is, [H, n]."""
+    is_wanted = torch.zeros(len(chunks_Hn), num_chunks, dtype=torch.bool, device=chunks_Hn.device)
+    is_wanted.scatter_(1, chunks_Hn, True)
+    places = is_wanted.cumsum(1) - 1
+    heads, wanted = is_wanted.nonzero(as_tuple=True)
+    union = chunks_Hn.new_zeros(len(chunks_Hn), int(places[:, -1].max()) + 1)
+    union[heads, places[heads, wanted]] = wanted
+    return union, places.gather(1, chunks_Hn)
 
 
 def _for_all(parameters: AttentionParameters, num_sequences: int, num_heads: int) -> AttentionParameters:

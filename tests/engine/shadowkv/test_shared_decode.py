@@ -86,6 +86,18 @@ def test_chunks_that_stay_resident_are_each_sequences_own() -> None:
     assert compare(setting, forks(setting, [300], [3, 4])) == 0
 
 
+def test_a_chunk_is_rebuilt_once_for_all_that_want_it() -> None:
+    setting = Setting(config=CONFIG)
+    sequences = forks(setting, [300], [4, 4])
+    query = setting.new_tokens(1)[0].repeat(2, 1, 1)  # both want the same
+    with mock.patch.object(shared_decode, "gather_keys", wraps=shared_decode.gather_keys) as gather:
+        attend_tokens(sequences, query, setting.parameters)
+    [(_, chunks)] = [call.args for call in gather.call_args_list]
+    num_candidates = round(CONFIG.candidate_factor * CONFIG.num_selected_chunks(304))
+    assert chunks.shape == (setting.num_kv_heads, num_candidates)
+    assert all(len(head.unique()) == num_candidates for head in chunks)
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
