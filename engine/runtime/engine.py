@@ -10,18 +10,17 @@ from collections.abc import Sequence
 import torch
 
 from longshadow.engine.runtime.accounting import Accounting
-from longshadow.engine.runtime.batch import Chunk
 from longshadow.engine.runtime.batch_room import BatchReservation
 from longshadow.engine.runtime.counters import Counters
 from longshadow.engine.runtime.documents import Document
 from longshadow.engine.runtime.errors import EngineClosed, RequestTooLong
 from longshadow.engine.runtime.holdings import Holdings
 from longshadow.engine.runtime.memory import Bytes, MemoryBudget
+from longshadow.engine.runtime.outcomes import Outcomes
 from longshadow.engine.runtime.outputs import EngineStatistics
-from longshadow.engine.runtime.prefixes import PrefixCache, head_of
+from longshadow.engine.runtime.prefixes import PrefixCache
 from longshadow.engine.runtime.requests import Completion, Reading, Request
 from longshadow.engine.runtime.runner import ModelRunner
-from longshadow.engine.runtime.sampling import choose_tokens
 from longshadow.engine.runtime.scheduler import Job, Scheduler
 from longshadow.engine.runtime.starts import Starts, next_chunk
 
@@ -58,6 +57,9 @@ class Engine:
         self._closed: EngineClosed | None = None
         self._counters = Counters()
         self._starts = Starts(runner, accounting, prefixes, self._counters)
+        self._outcomes = Outcomes(
+            self.scheduler, self.holdings, self._starts, self._counters, finish_document=self._finish_document
+        )
         self._thread = threading.Thread(target=self._run, name="longshadow-engine", daemon=True)
         self._thread.start()
 
@@ -194,7 +196,7 @@ class Engine:
             plan = self.scheduler.plan(self._starts.begin, lambda job: self._starts.may_start(job, reading))
             chunks = [next_chunk(job, count) for job, count in plan]
             decoding = [
-                completion
+                (job, completion)
                 for job in self.scheduler.decoding
                 if isinstance(job, Request)
                 for completion in job.completions
@@ -206,12 +208,10 @@ class Engine:
                     self._wake.wait(timeout=1.0)
                 return
         read = self.runner.read(chunks) if chunks else None
-        decoded = self._decode(decoding)
+        decoded = self._decode([completion for _, completion in decoding])
         with self._lock:
             self._counters.note_step(plan, len(decoding))
-            changed = self._take_tokens(decoding, decoded)
-            if read is not None:
-                changed |= self._take_read(plan, chunks, read)
+            changed = self._outcomes.take_decoded(decoding, decoded) | self._outcomes.take_read(plan, chunks, read)
             finished = [request for request in changed if request.is_finished]
             for request in finished:
                 self._leave(request)
@@ -227,73 +227,6 @@ class Engine:
             assert completion.state is not None
             states.append(completion.state)
         return self.runner.decode(states, [completion.token_ids[-1] for completion in decoding])
-
-    def _take_tokens(self, decoding: Sequence[Completion], logits_BV: torch.Tensor | None) -> set[Request]:
-        """Samples every decoding completion's next token; the requests that have new ones."""
-        if logits_BV is None:
-            return set()
-        owners = {id(completion): request for request in self._requests.values() for completion in request.completions}
-        tokens = choose_tokens(logits_BV, [completion.sampler for completion in decoding])
-        changed = set()
-        for completion, token, logits_V in zip(decoding, tokens, logits_BV, strict=True):
-            request = owners[id(completion)]
-            self._accept(request, completion, token, logits_V)
-            changed.add(request)
-        return changed
-
-    def _accept(self, request: Request, completion: Completion, token: int, logits_V: torch.Tensor) -> None:
-        now = time.monotonic()
-        completion.accept(token, logits_V)
-        self._counters.num_generated += 1
-        request.first_token = request.first_token or now
-        if completion.finish_reason is not None:
-            if request.is_finished:
-                request.finished = now
-            else:
-                self.scheduler.finish_completion(request)
-
-    def _take_read(
-        self, plan: Sequence[tuple[Job, int]], chunks: Sequence[Chunk], logits_RV: torch.Tensor
-    ) -> set[Request]:
-        """Prompts that have been read: first tokens of requests, documents handed over."""
-        rows = iter(logits_RV)
-        changed = set()
-        for (job, count), chunk in zip(plan, chunks, strict=True):
-            job.num_read += count
-            if isinstance(job, Reading):
-                job.sink((job.num_read, job.num_prompt))
-            if not chunk.is_last:
-                continue
-            logits_V = next(rows)
-            if isinstance(job, Reading):
-                self._finish_document(job)
-                continue
-            assert isinstance(job, Request)
-            self._keep_head(job, chunk)
-            self._start_decoding(job, logits_V)
-            changed.add(job)
-        return changed
-
-    def _keep_head(self, job: Request, chunk: Chunk) -> None:
-        """Ends a prompt's reading and offers its exact tokens to later prompts, if there is memory for them."""
-        head = None
-        if job.keeps_head and self.holdings.prefixes is not None:
-            head = head_of(chunk, job.prompt, self._starts.head_bytes(self.holdings.prefixes, job.num_prompt))
-        chunk.state.forget_blocks()
-        self.scheduler.finish_reading(job)
-        if head is not None:
-            self.holdings.keep(head)
-
-    def _start_decoding(self, job: Request, logits_V: torch.Tensor) -> None:
-        assert job.state is not None
-        for completion in job.completions[1:]:
-            completion.state = job.state.fork(job.max_tokens)
-        job.completions[0].state, job.state = job.state, None
-        tokens = choose_tokens(
-            logits_V.expand(len(job.completions), -1), [completion.sampler for completion in job.completions]
-        )
-        for completion, token in zip(job.completions, tokens, strict=True):
-            self._accept(job, completion, token, logits_V)
 
     def _finish_document(self, job: Reading) -> None:
         """Takes up a document that has been read; what it needs stays reserved."""

@@ -1,7 +1,6 @@
 """`LLM`: a model that answers many requests at once, over long contexts that take little memory."""
 
-import asyncio
-import queue
+import functools
 import weakref
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Sequence_
@@ -11,26 +10,20 @@ from typing import Any, Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longshadow.engine.runtime.accounting import Accounting, Need
+from longshadow.engine.runtime.accounting import Accounting
+from longshadow.engine.runtime.asking import answer_all, follow
 from longshadow.engine.runtime.chat import encode_chat, encode_document
-from longshadow.engine.runtime.document_file import read_document, write_document
-from longshadow.engine.runtime.document_header import Header
 from longshadow.engine.runtime.documents import Document
 from longshadow.engine.runtime.engine import Engine
-from longshadow.engine.runtime.errors import DocumentError, QueueFull, RequestTooLong
-from longshadow.engine.runtime.identity import model_fingerprint, requirements
 from longshadow.engine.runtime.intake import Intake, Prompt, as_params, as_prompts
+from longshadow.engine.runtime.library import Library
 from longshadow.engine.runtime.loading import end_tokens, load
 from longshadow.engine.runtime.memory import Bytes, MemoryBudget
 from longshadow.engine.runtime.outputs import EngineStatistics, RequestOutput
 from longshadow.engine.runtime.prefixes import PrefixCache
-from longshadow.engine.runtime.requests import Reading, Request
-from longshadow.engine.runtime.restoring import restore_state
 from longshadow.engine.runtime.runner import ModelRunner, length_limit
 from longshadow.engine.runtime.sampling_params import SamplingParams
 from longshadow.engine.runtime.scheduler import CHUNK_MULTIPLE
-from longshadow.engine.runtime.state import SequenceState
-from longshadow.engine.runtime.waiting import request_bar, wait_for_document
 from longshadow.engine.runtime.workspace import step_workspace
 from longshadow.engine.shadowkv import ShadowKVConfig
 
@@ -92,14 +85,11 @@ class LLM:
         self.model, self.tokenizer = load(model, tokenizer, adapter)
         self.max_model_len = _model_len(self.model, max_model_len)
         self.max_num_seqs = max_num_seqs
-        self._config = shadowkv or ShadowKVConfig()
-        self._runner = ModelRunner(self.model, self._config, self.max_model_len)
+        config = shadowkv or ShadowKVConfig()
+        self._runner = ModelRunner(self.model, config, self.max_model_len)
         try:
             self._accounting = Accounting(
-                self._runner.shapes,
-                self._config,
-                self._runner.device,
-                is_batched=self._runner.batched is not None,
+                self._runner.shapes, config, self._runner.device, is_batched=self._runner.batched is not None
             )
             self._intake = Intake(
                 tokenizer=self.tokenizer,
@@ -133,7 +123,7 @@ class LLM:
         except BaseException:
             self._runner.close()
             raise
-        self._fingerprint: str | None = None
+        self._library = Library(self._engine, self._runner, self._accounting, self.max_model_len)
         self._finalizer = weakref.finalize(self, self._engine.close)
 
     def generate(
@@ -158,43 +148,11 @@ class LLM:
         """
         wanted = as_prompts(prompts)
         params = as_params(sampling_params, len(wanted))
-        arrived: queue.SimpleQueue[tuple[int, RequestOutput | Exception]] = queue.SimpleQueue()
-
-        def sink_of(index: int) -> Callable[[RequestOutput | Exception], None]:
-            return lambda item: arrived.put((index, item))
-
-        requests = [
-            self._intake.request(prompt, one, document, sink_of(index))
-            for index, (prompt, one) in enumerate(zip(wanted, params, strict=True))
+        make = [
+            functools.partial(self._intake.request, prompt, one, document)
+            for prompt, one in zip(wanted, params, strict=True)
         ]
-        outputs: dict[int, RequestOutput] = {}
-        waiting = list(requests)
-        try:
-            with request_bar(len(requests), progress) as advance:
-                while len(outputs) < len(requests):
-                    self._submit_all(waiting, can_wait=len(outputs) + len(waiting) < len(requests))
-                    index, item = arrived.get()
-                    if isinstance(item, Exception):
-                        raise item
-                    outputs[index] = item
-                    advance()
-        except BaseException:
-            for request in requests:
-                self._engine.cancel(request.id)
-            raise
-        return [outputs[index] for index in range(len(requests))]
-
-    def _submit_all(self, waiting: list[Request], *, can_wait: bool) -> None:
-        """Submits what the queue takes; raises QueueFull when none of ours is in it whose end could be waited for."""
-        while waiting:
-            try:
-                self._engine.submit(waiting[0])
-            except QueueFull:
-                if not can_wait:
-                    raise
-                return
-            waiting.pop(0)
-            can_wait = True
+        return answer_all(self._engine, make, progress)
 
     def stream(
         self,
@@ -212,29 +170,8 @@ class LLM:
             RequestTooLong: here; QueueFull and EngineClosed: at the first iteration.
         """
         request = self._intake.request(prompt, sampling_params or SamplingParams(), document, lambda item: None)
-        request.id, request.streams = request_id or request.id, True
-        return self._stream(request)
-
-    async def _stream(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
-        loop = asyncio.get_running_loop()
-        arrived: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
-
-        def deliver(item: RequestOutput | Exception) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(arrived.put_nowait, item)
-
-        request.sink = deliver
-        self._engine.submit(request)
-        try:
-            while True:
-                item = await arrived.get()
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-                if item.finished:
-                    return
-        finally:
-            self._engine.cancel(request.id)
+        request.id = request_id or request.id
+        return follow(self._engine, request, owner=self)
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request, whose last output then says so; False when there is none that is open."""
@@ -263,37 +200,7 @@ class LLM:
         """
         tokens = encode_document(self._intake.need_tokenizer("texts"), text) if isinstance(text, str) else list(text)
         self._intake.check_tokens(tokens)
-        if len(tokens) > self.max_model_len - 2:
-            raise RequestTooLong(
-                f"the document has {len(tokens):,} tokens; with a question and an answer {self.max_model_len:,} fit"
-            )
-        arrived: queue.SimpleQueue[tuple[int, int] | Document | Exception] = queue.SimpleQueue()
-        need = self._accounting.need(len(tokens), 0)
-        job = Reading(
-            num_prompt=len(tokens),
-            num_slots=0,
-            need=Need(prefill=need.prefill, shared=need.shared + need.completion, completion=Bytes()),
-            tokens=tokens,
-            build=lambda state, reserved: self._document(state, reserved, name),
-            sink=arrived.put,
-        )
-        self._engine.submit(job)
-        try:
-            return wait_for_document(arrived, len(tokens), on_progress)
-        except BaseException:
-            self._engine.cancel_reading(job)
-            raise
-
-    def _document(self, state: SequenceState, reserved: Bytes, name: str | None) -> Document:
-        return Document(
-            name=name,
-            num_tokens=state.num_tokens,
-            memory=state.memory(values_on_host=self._config.value_store == "host"),
-            full_cache_bytes=sum(shape.exact_bytes(state.num_tokens) for shape in self._runner.shapes),
-            state=state,
-            reserved=reserved,
-            writer=lambda document, path: write_document(document, path, self._requirements()),
-        )
+        return self._library.read(tokens, name, on_progress)
 
     def load_document(self, path: str | Path) -> Document:
         """A document that `Document.save` wrote, with its id and name.
@@ -301,32 +208,7 @@ class LLM:
         Raises:
             DocumentError: in one line, why the file cannot be used by this engine.
         """
-        place = Path(path).expanduser()
-        reserved: list[Bytes] = []
-
-        def reserve(header: Header) -> None:
-            total = self._accounting.document(header.start)
-            self._engine.reserve(total)
-            reserved.append(total)
-
-        try:
-            header, tensors = read_document(
-                place, self._requirements(), self._accounting, self.model.dtype, self.max_model_len - 2, reserve
-            )
-            document = self._document(restore_state(self._runner, header, tensors), reserved[0], header.name)
-            document.id = header.id
-            self._engine.hold(document)
-        except RequestTooLong as error:
-            self._engine_release(reserved)
-            raise DocumentError(f"cannot load {place}: {error}") from error
-        except BaseException:
-            self._engine_release(reserved)
-            raise
-        return document
-
-    def _engine_release(self, reserved: list[Bytes]) -> None:
-        for amount in reserved:
-            self._engine.release(amount)
+        return self._library.load(Path(path).expanduser())
 
     def remove_document(self, document: Document) -> None:
         """Forgets a document; requests that use it go on. Harmless when it is gone already."""
@@ -352,11 +234,6 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _requirements(self) -> dict[str, Any]:
-        if self._fingerprint is None:
-            self._fingerprint = model_fingerprint(self.model)
-        return requirements(self.model, self._runner.shapes, self._config, self._fingerprint)
 
 
 def _model_len(model: PreTrainedModel, wanted: int | None) -> int:

@@ -23,8 +23,7 @@ from longshadow.engine.runtime.runner import ModelRunner
 from longshadow.engine.runtime.state import SequenceState
 from longshadow.engine.shadowkv.decode_batch import DecodeBatch
 from longshadow.env import BACKEND_VARIABLE
-from tests.engine.runtime.engines import engine, small_config
-from tests.engine.runtime.test_llm import assert_nothing_is_left, last_of, text, tokens_of
+from tests.engine.runtime.engines import assert_nothing_is_left, engine, last_of, small_config, text, tokens_of
 from tests.engine.runtime.test_runner import CONFIG, one_by_one, prompts, together
 from tests.engine.shadowkv.families import tiny_model
 from tests.engine.shadowkv.test_graphs import LaunchesOnly, recording_operators

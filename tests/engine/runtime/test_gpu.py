@@ -13,8 +13,7 @@ from longshadow.engine.runtime.batch import Chunk
 from longshadow.engine.runtime.batch_room import Room
 from longshadow.engine.runtime.runner import ModelRunner
 from longshadow.engine.runtime.state import SequenceState
-from tests.engine.runtime.engines import small_config
-from tests.engine.runtime.test_llm import assert_nothing_is_left, tokens_of
+from tests.engine.runtime.engines import assert_nothing_is_left, small_config, tokens_of
 from tests.engine.runtime.test_runner import CONFIG
 from tests.engine.shadowkv.families import tiny_model
 
