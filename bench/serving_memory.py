@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import torch
@@ -11,9 +12,12 @@ from bench.session import Session
 from bench.synthetic import LLAMA_3_1_8B, make_tokens
 from longshadow import ShadowKVConfig
 from longshadow.engine.runtime.accounting import Accounting
+from longshadow.engine.runtime.batch_room import batch_size
 from longshadow.engine.runtime.shapes import LayerShape
 from longshadow.engine.runtime.state import SequenceState
+from longshadow.engine.shadowkv.batch_memory import batch_bytes
 from longshadow.engine.shadowkv.exact import AttentionParameters
+from longshadow.engine.shadowkv.step_buffers import Capacity, Geometry
 
 SHAPE = LLAMA_3_1_8B
 DTYPE = torch.bfloat16
@@ -37,25 +41,45 @@ LAYER = LayerShape(
 
 
 def memory_rows(contexts: Sequence[int], device_bytes: int) -> list[Row]:
-    """For each length the sequences that can be held while one more prompt is read, and those of exact caches."""
-    accounting = Accounting([LAYER] * SHAPE.num_layers, CONFIG, torch.device("cuda"))
+    """For each length the sequences that can be held while one more prompt is read, and those of exact caches.
+
+    The memory of the batch in which they decode is theirs, too.
+    """
+    device = torch.device("cuda")
+    accounting = Accounting([LAYER] * SHAPE.num_layers, CONFIG, device, is_batched=True)
+    geometry = Geometry(
+        num_kv_heads=SHAPE.num_kv_heads,
+        key_dim=SHAPE.head_dim,
+        value_dim=SHAPE.head_dim,
+        chunk_size=CONFIG.chunk_size,
+        layout=SHAPE.layout,
+        dtype=DTYPE,
+        device=device,
+    )
     rows: list[Row] = []
     for context in contexts:
-        rotation = context * SHAPE.head_dim * DTYPE.itemsize
         need = accounting.need(context - GENERATED, GENERATED)
         held = need.shared + need.completion
+        rotation = context * SHAPE.head_dim * DTYPE.itemsize
         left = device_bytes - rotation - (need.prefill.device - held.device)
+
+        def taken(count: int, each: int = held.device, room: Capacity = need.room) -> int:
+            places = batch_size(count)
+            batch = batch_bytes(CONFIG, (geometry,) * SHAPE.num_layers, SHAPE.num_query_heads, room, places)
+            return each * count + batch
+
+        count = bisect_right(range(1, left // held.device + 1), left, key=taken)
         exact = LAYER.token_bytes * SHAPE.num_layers * context
-        counts = {STOCK: device_bytes // exact, ENGINE: left // held.device}
-        for name, size in ((STOCK, exact), (ENGINE, held.device)):
+        of_stock = device_bytes // exact
+        for name, size, fitting in ((STOCK, exact, of_stock), (ENGINE, taken(count) / count, count)):
             rows.append(
                 {
                     "part": PART,
                     "method": name,
                     "context": context,
                     "sequence_bytes": size,
-                    "sequences": counts[name],
-                    "memory_ratio": counts[name] / counts[STOCK],
+                    "sequences": fitting,
+                    "memory_ratio": fitting / of_stock,
                 }
             )
     return rows

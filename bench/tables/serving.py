@@ -73,8 +73,8 @@ TABLE: Table = Table(
     "is faster that way at 2,000; compressed, it attends to 256 selected tokens, as in the rows on documents. A "
     "document's time includes reading it once. Equality counts greedy answers that differ from those of the same "
     "request alone. Sequences at once are those that fit into 64 GiB of device memory at Llama-3.1-8B's shapes by the "
-    "engine's own accounting: 256 of their tokens generated, int8 factors, 512 resident tokens, values in host "
-    "memory.",
+    "engine's own accounting, the batch in which they decode on a GPU included: 256 of their tokens generated, int8 "
+    "factors, 512 resident tokens, values in host memory.",
     configs={"cpu": Config()},
     quick=lambda config: replace(
         config,
