@@ -17,9 +17,10 @@ from longshadow.engine.runtime.parked import attend_parked, attends_parked, caus
 from longshadow.engine.runtime.state import LayerSequence, SequenceState
 from longshadow.engine.shadowkv.attention import expect_handoff, mark
 from longshadow.engine.shadowkv.decode_batch import DecodeBatch
-from longshadow.engine.shadowkv.exact import AttentionParameters
+from longshadow.engine.shadowkv.exact import AttentionParameters, OnlineSoftmax
 from longshadow.engine.shadowkv.sequence import RotationTable, Sequence
 from longshadow.engine.shadowkv.shared_decode import attend_tokens
+from longshadow.engine.shadowkv.shared_prompt import begin_together
 from longshadow.engine.shadowkv.storage import ExactTokens
 
 
@@ -149,16 +150,20 @@ class BatchLayer(CacheLayerMixin):
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, parameters: AttentionParameters
     ) -> torch.Tensor:
         """Chunks of prompts, [Hq, T, D] -> [Hq, T, Dv]."""
-        outputs, start = [], 0
-        for chunk in self._work.chunks:
-            tokens = slice(start, start + len(chunk.tokens))
-            start = tokens.stop
+        outputs = []
+        lengths = [len(chunk.tokens) for chunk in self._work.chunks]
+        queries = query.split(lengths, dim=1)
+        begun = self._begin_together(queries, values.shape[2], parameters)
+        pieces = zip(self._work.chunks, queries, keys.split(lengths, dim=1), values.split(lengths, dim=1), strict=True)
+        for (chunk, q, k, v), online in zip(pieces, begun, strict=True):
             sequence = chunk.state.layers[self._index]
-            q, k, v = query[:, tokens], keys[:, tokens], values[:, tokens]
             if attends_parked(sequence, q, parameters):
                 outputs.append(self._read_parked(sequence, chunk, q, k, v, parameters))
                 continue
-            outputs.append(sequence.attend_prompt(q, k, v, parameters))
+            if isinstance(sequence, Sequence):
+                outputs.append(sequence.attend_prompt(q, k, v, parameters, begun=online))
+            else:
+                outputs.append(sequence.attend_prompt(q, k, v, parameters))
             if chunk.is_last and not chunk.keeps_head:
                 sequence.finish_prompt(k, v, self._rotations)
                 continue
@@ -166,6 +171,14 @@ class BatchLayer(CacheLayerMixin):
             if chunk.is_last:
                 self._finish_parked(sequence, chunk, k, v)
         return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+
+    def _begin_together(
+        self, queries: Sequence_[torch.Tensor], value_dim: int, parameters: AttentionParameters
+    ) -> list[OnlineSoftmax | None]:
+        sequences = [chunk.state.layers[self._index] for chunk in self._work.chunks]
+        full = [sequence for sequence in sequences if isinstance(sequence, Sequence)]
+        # A layer's sequences are all of one kind.
+        return begin_together(full, queries, value_dim, parameters) if full else [None] * len(sequences)
 
     def _read_parked(
         self,

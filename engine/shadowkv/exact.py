@@ -3,6 +3,7 @@
 Legend: B batch, Hq query heads, H KV heads, G = Hq / H, T queries, n keys, D head_dim.
 """
 
+import copy
 import functools
 import importlib.util
 from collections.abc import Iterable, Sequence
@@ -115,23 +116,26 @@ def attend_streamed(
     parameters: AttentionParameters,
     *,
     sliding_window: int | None = None,
+    begun: "OnlineSoftmax | None" = None,
 ) -> torch.Tensor:
     """Queries [Hq, T, D] over all of `history`, block by block, and causally over their own keys: [Hq, T, D].
 
     Each block of history and `own` are keys and values [H, n, D]; the last T of `own` belong to the queries.
-    Online softmax in fp32 or better, so no more than one block of history is needed at a time.
+    Online softmax in fp32 or better, so no more than one block of history is needed at a time. It goes on from one that
+    was `begun` with the same queries.
     """
-    online = _OnlineSoftmax(query, own[0].shape[0], own[1].shape[2], parameters)
+    online = begun or OnlineSoftmax(query, own[0].shape[0], own[1].shape[2], parameters)
     for keys, values in history:
         online.add(keys, values)
     online.add(*own, causal=True, sliding_window=sliding_window)
     return online.result()
 
 
-class _OnlineSoftmax:
+class OnlineSoftmax:
     """Running softmax attention of many queries over blocks of keys (arXiv 2112.05682)."""
 
     def __init__(self, query: torch.Tensor, num_kv_heads: int, value_dim: int, parameters: AttentionParameters) -> None:
+        """Queries [Hq, T, D] that have seen nothing."""
         self._dtype = query.dtype
         self._parameters = parameters
         self._query_HGTD = _at_least_fp32(query).unflatten(0, (num_kv_heads, -1))
@@ -153,6 +157,7 @@ class _OnlineSoftmax:
         causal: bool = False,
         sliding_window: int | None = None,
     ) -> None:
+        """Keys and values [H, n, D], seen by all queries; or `causal`: the last T belong to the queries."""
         num_kv_heads, num_groups, num_queries, _ = self._query_HGTD.shape
         num_keys = keys.shape[1]
         keys, values = _at_least_fp32(keys), _at_least_fp32(values)
@@ -186,7 +191,16 @@ class _OnlineSoftmax:
         self._sum[:, :, queries] = self._sum[:, :, queries] * decay + added
         self._maximum[:, :, queries] = new
 
+    def split(self, lengths: Sequence[int]) -> list["OnlineSoftmax"]:
+        """The first queries, the next ones, and so on: each goes on by itself."""
+        parts = [copy.copy(self) for _ in lengths]
+        for name in ("_query_HGTD", "_sum", "_maximum", "_norm"):
+            for part, piece in zip(parts, getattr(self, name).split(list(lengths), dim=2), strict=True):
+                setattr(part, name, piece)
+        return parts
+
     def result(self) -> torch.Tensor:
+        """Attention over everything that was added, [Hq, T, D]."""
         out: torch.Tensor = (self._sum / self._norm).flatten(0, 1)
         return out.to(self._dtype)
 

@@ -3,8 +3,10 @@
 Legend: Hq query heads, H KV heads, G = Hq / H, T tokens of a prompt, D head_dim.
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +14,7 @@ import torch
 from longshadow.engine.ops import Operators
 from longshadow.engine.shadowkv.config import MINIMUM_SEGMENT_TOKENS, ShadowKVConfig
 from longshadow.engine.shadowkv.decode import StepCounts, attend_sparsely
-from longshadow.engine.shadowkv.exact import AttentionParameters, attend_causal, attend_streamed
+from longshadow.engine.shadowkv.exact import AttentionParameters, OnlineSoftmax, attend_causal, attend_streamed
 from longshadow.engine.shadowkv.query_weights import QueryEnergy
 from longshadow.engine.shadowkv.resident import ResidentChunks
 from longshadow.engine.shadowkv.rope import RotaryLayout, Rotation
@@ -63,24 +65,34 @@ class Sequence:
         return self.num_compressed + self.tail.num_tokens + (self.parked.num_tokens if self.parked else 0)
 
     def attend_prompt(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, parameters: AttentionParameters
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        parameters: AttentionParameters,
+        *,
+        begun: OnlineSoftmax | None = None,
     ) -> torch.Tensor:
         """Exact attention of a prompt's tokens over the whole history and causally over themselves.
 
-        query [Hq, T, D], keys and values [H, T, D], not cached yet. Returns [Hq, T, D].
+        query [Hq, T, D], keys and values [H, T, D], not cached yet; `begun` has seen the segments. Returns [Hq, T, D].
         """
         if self.config.query_weighted:
             self.query_energy.add(query, keys.shape[0])
         if self.num_tokens == 0:
             return attend_causal(query, keys, values, parameters)
-        return attend_streamed(query, self._history(), (keys, values), parameters)
+        history = self._exact_history() if begun else itertools.chain(self.compressed_history(), self._exact_history())
+        return attend_streamed(query, history, (keys, values), parameters, begun=begun)
 
-    def _history(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """All cached keys and values, in blocks [H, n, D], on the compute device."""
+    def compressed_history(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The segments' keys and values, in blocks [H, n, D], on the compute device."""
         block = max(1, HISTORY_BLOCK_TOKENS // self.config.chunk_size)
         for segment in self.segments:
             for start in range(0, segment.num_chunks, block):
                 yield segment.span(start, min(start + block, segment.num_chunks))
+
+    def _exact_history(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Cached keys and values after the segments, likewise."""
         if self.tail.num_tokens:
             yield self.tail.keys, self.tail.values
         if self.parked is not None:
@@ -202,3 +214,11 @@ class Sequence:
         parts["resident"] += self.resident.tensors
         parts["query energy"] += self.query_energy.tensors
         return parts
+
+
+def rows_by_segments(sequences: Sequence_[Sequence]) -> list[list[int]]:
+    """The numbers of those that share all their segments, group by group."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, sequence in enumerate(sequences):
+        groups.setdefault(tuple(map(id, sequence.segments)), []).append(row)
+    return list(groups.values())

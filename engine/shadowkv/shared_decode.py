@@ -25,7 +25,7 @@ from longshadow.engine.shadowkv.selection import (
     select_tokens,
     step_sizes,
 )
-from longshadow.engine.shadowkv.sequence import Sequence
+from longshadow.engine.shadowkv.sequence import Sequence, rows_by_segments
 
 # Of keys that are rebuilt at once, so that a step's temporary memory does not grow with the number of sequences.
 LARGEST_PART = 64 * 2**20
@@ -34,11 +34,8 @@ LARGEST_PART = 64 * 2**20
 def attend_tokens(sequences: Sequence_[Sequence], query: torch.Tensor, parameters: AttentionParameters) -> torch.Tensor:
     """Sparse attention of each sequence's newest cached token, query [B, Hq, D]: [B, Hq, V]."""
     grouped = query.unflatten(1, (sequences[0].tail.keys.shape[0], -1))
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row, sequence in enumerate(sequences):
-        groups.setdefault(tuple(map(id, sequence.segments)), []).append(row)
     out = query.new_empty(*query.shape[:2], sequences[0].tail.values.shape[2])
-    for rows in groups.values():
+    for rows in rows_by_segments(sequences):
         sizes = _common_sizes([sequences[row] for row in rows], query.device) if len(rows) > 1 else None
         for some in _in_parts(rows, sequences, sizes):
             members = [sequences[row] for row in some]

@@ -1,5 +1,7 @@
 """Batches of sequences against ShadowKVCache, one sequence at a time."""
 
+from unittest import mock
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -8,6 +10,7 @@ from longshadow import ShadowKVCache, ShadowKVConfig
 from longshadow.engine.runtime.batch import Chunk
 from longshadow.engine.runtime.runner import ModelRunner, length_limit
 from longshadow.engine.runtime.state import SequenceState
+from longshadow.engine.shadowkv.segment import Segment
 from tests.engine.shadowkv.families import tiny_model
 
 CONFIG = ShadowKVConfig(
@@ -99,6 +102,28 @@ def test_forks_share_segments_and_go_their_own_ways() -> None:
     assert first.layers[0].segments[0] is state.layers[0].segments[0]  # type: ignore[union-attr]
     assert torch.equal(runner.decode([second], [5]), expected)
     runner.close()
+
+
+@torch.inference_mode()
+def test_questions_on_a_document_are_read_together() -> None:
+    model = tiny_model("llama").double()
+    runner = ModelRunner(model, CONFIG, 512)
+    document = runner.new_state(512, blocked_energy=True)
+    prompt = prompts()[0]
+    runner.read([Chunk(state=document, tokens=prompt, is_last=True, num_prompt=len(prompt))])
+
+    def chunks(questions: list[list[int]]) -> list[Chunk]:
+        return [
+            Chunk(state=document.fork(512), tokens=tokens, is_last=True, num_prompt=len(tokens)) for tokens in questions
+        ]
+
+    questions = [[5, 6, 7], [9], [11, 3]]
+    expected = torch.cat([runner.read(chunks([question])) for question in questions])
+    with mock.patch.object(Segment, "span", autospec=True, side_effect=Segment.span) as span:
+        found = runner.read(chunks(questions))
+    runner.close()
+    assert span.call_count == len(document.layers)
+    torch.testing.assert_close(found, expected)
 
 
 def test_rope_that_depends_on_the_longest_sequence_limits_the_length() -> None:
