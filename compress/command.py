@@ -16,13 +16,13 @@ from longshadow.compress.blocks import LowRankTerms
 from longshadow.compress.calibration import Splits, read_documents, split_blocks
 from longshadow.compress.criterion import Method
 from longshadow.compress.evaluation import ORIGINAL, Quality, Variant, difference, qualities
+from longshadow.compress.fingerprint import model_fingerprint
 from longshadow.compress.options import CompensationOptions
 from longshadow.compress.pipeline import Compensation, compensate
 from longshadow.compress.planning import layer_shapes, num_layer_weights, plan_compensation
 from longshadow.compress.report import report_files
 from longshadow.compress.shards import Shards
 from longshadow.compress.storage import is_plain
-from longshadow.model_sources import model_files
 from longshadow.models import LoadedModel, load_model
 
 OnStep = Callable[[int, int, str, str], None]  # steps that are done, of how many, of what work, and what a step is
@@ -150,11 +150,7 @@ def _is_finite(weight: torch.Tensor) -> bool:
 
 def run_key(original: str, quantized: str, options: CompensationOptions, splits: Splits) -> str:
     """Of everything that the factors depend on; models by the sizes and times of their files."""
-    files = [
-        (str(path), path.stat().st_size, path.stat().st_mtime_ns)
-        for name in (original, quantized)
-        for path in model_files(name)
-    ]
+    files = [model_fingerprint(name) for name in (original, quantized)]
     chosen = {field.name: str(getattr(options, field.name)) for field in fields(options) if field.name != "max_memory"}
     text = json.dumps([__version__, original, quantized, files, chosen], sort_keys=True)
     return hashlib.sha256(text.encode() + splits.calibration.cpu().numpy().tobytes()).hexdigest()

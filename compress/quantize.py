@@ -10,6 +10,7 @@ from torch import nn
 
 from longshadow.compress.adapters.atomic import whole_folder
 from longshadow.compress.blocks import decoder_blocks, linear_layers
+from longshadow.compress.fingerprint import model_fingerprint
 from longshadow.compress.planning import num_layer_weights, require_room
 from longshadow.models import empty_model, load_model
 
@@ -28,11 +29,15 @@ def quantize_model(original: str, scheme: str, folder: Path, *, dtype: torch.dty
         dtype: of what is not quantised.
 
     Raises ValueError for an unknown scheme, a missing library, a model that cannot be loaded, a folder that holds
-    something, and a disk without room for the model.
+    something, such as a model made before the original changed, and a disk without room for the model.
     """
-    made = json.dumps({"original": original, "scheme": scheme, "dtype": str(dtype)})
-    if (folder / MADE).is_file() and (folder / MADE).read_text(encoding="utf-8") == made:
-        return  # by an earlier run, which may have been stopped later on
+    if (folder / MADE).is_file():
+        if (folder / MADE).read_text(encoding="utf-8") == _made(original, scheme, dtype):
+            return  # by an earlier run, which may have been stopped later on
+        raise ValueError(
+            f"{folder} holds something already, quantised otherwise or before the original changed: remove it, or "
+            "choose another folder"
+        )
     config = None if scheme == "2:4" else quantization_config(scheme)
     require_room(folder, _num_bytes(original, scheme, dtype))
     with whole_folder(folder) as partial:
@@ -41,7 +46,8 @@ def quantize_model(original: str, scheme: str, folder: Path, *, dtype: torch.dty
             prune_two_of_four(loaded.model)
         loaded.model.save_pretrained(partial)
         loaded.tokenizer.save_pretrained(partial)
-        (partial / MADE).write_text(made, encoding="utf-8")
+        # Files from the hub are there by now.
+        (partial / MADE).write_text(_made(original, scheme, dtype), encoding="utf-8")
 
 
 def quantization_config(scheme: str) -> Any:
@@ -75,6 +81,13 @@ def prune_two_of_four(model: nn.Module) -> None:
     sparsifier.prepare(model, [{"tensor_fqn": f"{names[layer]}.weight"} for layer in layers])
     sparsifier.step()
     sparsifier.squash_mask()
+
+
+def _made(original: str, scheme: str, dtype: torch.dtype) -> str:
+    """Of everything that the quantised model depends on."""
+    return json.dumps(
+        {"original": original, "scheme": scheme, "dtype": str(dtype), "files": model_fingerprint(original)}
+    )
 
 
 def _num_bytes(original: str, scheme: str, dtype: torch.dtype) -> int:

@@ -62,6 +62,16 @@ def test_by_a_library(tmp_path: Path, library: str, scheme: str, apart: float) -
             assert 0 < distance < apart
 
 
+def test_an_original_that_has_changed_since(tmp_path: Path) -> None:
+    source, folder = write_folder(tmp_path / "original"), tmp_path / "quantized"
+    quantize_model(str(source), "2:4", folder)
+    changed = tiny_model()
+    changed.get_input_embeddings().weight.data += 1
+    changed.save_pretrained(source)
+    with pytest.raises(ValueError, match="before the original changed: remove it, or choose another folder"):
+        quantize_model(str(source), "2:4", folder)
+
+
 def test_mistakes(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "original")
     with pytest.raises(ValueError, match=r"--quantize takes nf4"):
