@@ -44,9 +44,18 @@ def verify_first_batch(
             "batch, or pass verify_first_batch=False"
         )
     error = float((shared - ordinary)[real].abs().max())
-    tolerance = FACTOR * max(noise, SMALLEST_TOLERANCE * scale, scale * torch.finfo(ordinary.dtype).eps)
+    tolerance = FACTOR * max(noise, SMALLEST_TOLERANCE * scale, scale * _rounding(ordinary))
     if not error <= tolerance:
         raise RuntimeError(
             f"prefix sharing changes the hidden states of {type(backbone).__name__} by {error:.2e}, more than "
             f"{tolerance:.2e} (one more column of padding: {noise:.2e}): this model cannot share prefixes"
         )
+
+
+def _rounding(output: torch.Tensor) -> float:
+    """eps of the least precise type it was computed in: autocast's, although a last norm in fp32 gives fp32."""
+    eps = torch.finfo(output.dtype).eps
+    device = output.device.type
+    if torch.is_autocast_enabled(device):
+        eps = max(eps, torch.finfo(torch.get_autocast_dtype(device)).eps)
+    return eps

@@ -160,6 +160,19 @@ def test_the_first_batch_is_compared_with_the_ordinary_path(monkeypatch: pytest.
     assert report.shared_batches == 1 and not report.verified
 
 
+def test_autocast_is_compared_in_its_own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states come in fp32 there, from layers in bf16; a wrong attention is still told."""
+    model = tiny_model("llama")
+    ids, mask = pad(pairs())
+    with torch.autocast("cpu", torch.bfloat16):
+        with share_prefixes(model) as report:
+            assert model.model(ids, attention_mask=mask).last_hidden_state.dtype == torch.float32
+        assert report.shared_batches == 1 and report.verified
+        monkeypatch.setattr(interface, "choose_attention", lambda *_, **__: lambda query, *_, **__: query)
+        with share_prefixes(model), pytest.raises(RuntimeError, match="cannot share prefixes"):
+            model(ids, attention_mask=mask)
+
+
 def test_what_cannot_be_shared_is_refused_with_the_reason() -> None:
     from transformers import BertConfig, BertModel
 

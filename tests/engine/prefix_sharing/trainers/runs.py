@@ -68,11 +68,10 @@ def train_pairs(
         learning_rate=1e-3,
         logging_steps=1,
         report_to=[],
-        bf16=False,
         use_cpu=True,
         save_strategy="no",
         disable_tqdm=True,
-        **{"per_device_train_batch_size": 4, "max_length": 96, **arguments},
+        **{"per_device_train_batch_size": 4, "max_length": 96, "bf16": False, **arguments},
     )
     trainer = (trainer_class or trl.DPOTrainer)(
         model=model,

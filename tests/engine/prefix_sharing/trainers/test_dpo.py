@@ -93,6 +93,18 @@ def test_the_balance_of_experts_is_unchanged(tokenizer: Any, preferences: Any, t
 
 
 @pytest.mark.slow
+def test_automatic_mixed_precision(tokenizer: Any, preferences: Any, tmp_path: Path) -> None:
+    """TRL's default: weights in fp32, products in bf16. `train_pairs` sees to it that batches are shared."""
+    arguments: dict[str, Any] = dict(bf16=True, **SINGLE)
+    expected, _ = baseline(tokenizer, preferences, tmp_path, **arguments)
+    train_pairs(tokenizer, preferences, tmp_path, share=True, **arguments)
+    actual, _ = train_pairs(tokenizer, preferences, tmp_path, trainer_class=PrefixSharingDPOTrainer, **arguments)
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert abs(mine["loss"] - theirs["loss"]) < 1e-2
+        assert abs(mine["logps/chosen"] - theirs["logps/chosen"]) < 1e-2 * abs(theirs["logps/chosen"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_odd_rows(tokenizer: Any, tmp_path: Path, side: str) -> None:
     prompt = " ".join(f"w{number}" for number in range(40)) + " "
