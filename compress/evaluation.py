@@ -100,9 +100,14 @@ def own_quality(expected: Iterable[torch.Tensor], samples: torch.Tensor) -> Qual
 
 
 def difference(worse: Quality, better: Quality) -> dict[str, float]:
-    """By how many nats the divergence of `better` is smaller, paired by samples: the mean and its 95 % interval."""
-    pairs = zip(worse.divergence, better.divergence, strict=True)
-    mean, low, high = mean_and_interval([old - new for old, new in pairs])
+    """By how many nats the divergence of `better` is smaller, paired by samples: `mean`, `low` and `high`.
+
+    The latter are the mean's 95 % interval; one sample has none, and they are left out.
+    """
+    values = [old - new for old, new in zip(worse.divergence, better.divergence, strict=True)]
+    if len(values) < 2:
+        return {"mean": values[0]}
+    mean, low, high = mean_and_interval(values)
     return {"mean": mean, "low": low, "high": high}
 
 

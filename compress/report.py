@@ -148,11 +148,13 @@ def summary(report: dict[str, Any]) -> str:
     """One sentence on what it bought."""
     measured = report["report"]
     removed = measured["divergence_removed"]
+    interval = f", 95 % between {removed['low']:.4f} and {removed['high']:.4f}" if "low" in removed else ""
+    one = measured["samples"] == 1
+    samples = "1 sample that was" if one else f"{measured['samples']} samples that were"
     return (
         f"The adapter removes {measured['recovered']:.0%} of the quantised model's divergence from the original "
-        f"({removed['mean']:.4f} nats, 95 % between {removed['low']:.4f} and {removed['high']:.4f}, on "
-        f"{measured['samples']} samples that were not calibrated on), for {report['adapter_bytes'] / 1e6:.1f} MB or "
-        f"{report['bits_per_weight']:.2f} bits per compensated weight."
+        f"({removed['mean']:.4f} nats{interval}, on {samples} not calibrated on), for "
+        f"{report['adapter_bytes'] / 1e6:.1f} MB or {report['bits_per_weight']:.2f} bits per compensated weight."
     )
 
 

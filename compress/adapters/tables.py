@@ -88,6 +88,8 @@ def _score(score: dict[str, float | None] | None) -> str:
 
 
 def _interval(difference: dict[str, float]) -> str:
+    if "low" not in difference:
+        return f"{difference['mean']:.4f} nats (one sample, which has no interval)"
     return f"{difference['mean']:.4f} nats (95 % between {difference['low']:.4f} and {difference['high']:.4f})"
 
 

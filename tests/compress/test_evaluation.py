@@ -47,6 +47,11 @@ def test_differences_are_paired() -> None:
     assert difference(worse, better) == {"mean": 0.5, "low": 0.5, "high": 0.5}
 
 
+def test_one_sample_has_no_interval() -> None:
+    worse, better = Quality(divergence=(1.0,), loss=(0.0,)), Quality(divergence=(0.25,), loss=(0.0,))
+    assert difference(worse, better) == {"mean": 0.75}
+
+
 def test_intervals() -> None:
     assert mean_and_interval([2.0] * 5) == (2.0, 2.0, 2.0)
     generator = torch.Generator().manual_seed(0)
