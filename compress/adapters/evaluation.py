@@ -20,6 +20,8 @@ from longshadow.compress.storage import stored_bits_per_weight
 from longshadow.models import LoadedModel, load_model
 
 QUANTISED, ADAPTED, ROUNDED = "quantised", "with the adapter", "same bytes as bits"
+# Of weights before quantisation, in fp32.
+MAX_BITS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +32,24 @@ class EvaluationText:
     length: int = 512
     num_samples: int = 64
 
+    def __post_init__(self) -> None:
+        if self.length < 2:
+            raise ValueError(f"--sequence-length must be at least 2, got {self.length}")
+        if self.num_samples < 1:
+            raise ValueError(f"--num-samples must be at least 1, got {self.num_samples}")
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Subject:
-    """An adapter with its two models, loaded."""
+    """An adapter with its two models, loaded.
+
+    `bits_per_weight` is that of the quantised layers, scales included; None where it is to be seen.
+    """
 
     adapter: Adapter
     original: LoadedModel
     quantized: LoadedModel
+    bits_per_weight: float | None = None
 
     def variants(self) -> dict[str, Variant]:
         """The quantised model without the adapter and with it."""
@@ -49,31 +61,41 @@ class Subject:
         return {ORIGINAL: Variant(model=self.original.model), **self.variants()}
 
 
-def load_subject(folder: Path, original: str, quantized: str, *, device: str | None = None) -> Subject:
-    """Raises ValueError for an adapter or a model that cannot be read, and where they do not fit."""
+def load_subject(
+    folder: Path,
+    original: str,
+    quantized: str,
+    *,
+    bits_per_weight: float | None = None,
+    device: str | None = None,
+) -> Subject:
+    """Both models of an adapter.
+
+    Raises ValueError for an adapter or a model that cannot be read, where they do not fit, and for bits out of range.
+    """
+    if bits_per_weight is not None and not 0 < bits_per_weight <= MAX_BITS:
+        raise ValueError(f"--bits-per-weight must be above 0 and at most {MAX_BITS}, got {bits_per_weight:g}")
     adapter = read_adapter(folder)
     adapter.require_plain()
     first, second = load_model(original, device=device), load_model(quantized, device=device)
     for problem in misfits(second.model, adapter):
         raise ValueError(f"{folder} is for another model: {problem}")
-    return Subject(adapter=adapter, original=first, quantized=second)
+    return Subject(adapter=adapter, original=first, quantized=second, bits_per_weight=bits_per_weight)
 
 
 def evaluate_on_text(
     subject: Subject,
     text: EvaluationText,
     *,
-    bits_per_weight: float | None = None,
     on_sample: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Perplexity and divergence from the original, with paired 95 % intervals of their differences.
 
-    Args:
-        bits_per_weight: of the quantised layers, scales included; needed where they are stored as ordinary numbers.
-        on_sample: called with the number of samples that are done and of all.
+    `on_sample` is called with the number of samples that are done and of all.
 
     The last row, "same bytes as bits", is the original rounded to nearest with as many bits per weight as quantised
-    layers and adapter have together, or a little fewer; it is left out where the number is not known.
+    layers and adapter have together, or a little fewer; it is left out where the number is neither given nor to be
+    seen, as of layers that are stored as ordinary numbers.
 
     Raises ValueError for a text that is too short.
     """
@@ -81,7 +103,7 @@ def evaluate_on_text(
     samples = split_blocks(first.tokenizer, text.documents, length=text.length, samples=text.num_samples).report
     variants = subject.variants()
     layers = [layer for block in decoder_blocks(second.model) for layer in linear_layers(block).values()]
-    bits = bits_per_weight or stored_bits_per_weight(layers)
+    bits = stored_bits_per_weight(layers) if subject.bits_per_weight is None else subject.bits_per_weight
     bits_of_adapter = 8 * adapter.num_bytes / num_layer_weights(second.model)
     widths = {layer_shape(layer)[1] for layer in layers}
     rounding = None if bits is None else finest_rounding(bits + bits_of_adapter, widths)

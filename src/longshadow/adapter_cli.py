@@ -146,9 +146,9 @@ def evaluate(
         names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
         harness = None if tasks is None else Harness(Tasks(names=names, limit=tasks_limit))
         source = EvaluationText(documents=read_documents(text), length=sequence_length, num_samples=num_samples)
-        subject = load_subject(adapter, original, quantized, device=device)
+        subject = load_subject(adapter, original, quantized, bits_per_weight=bits_per_weight, device=device)
         with LayerBar("measuring", step="sample") as bar:
-            report = evaluate_on_text(subject, source, bits_per_weight=bits_per_weight, on_sample=bar.update)
+            report = evaluate_on_text(subject, source, on_sample=bar.update)
         if harness is not None:
             report["tasks"] = harness.run(subject.models(), subject.original.tokenizer)
         if json_output:

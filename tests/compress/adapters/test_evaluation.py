@@ -32,9 +32,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
 
 def test_it_finds_what_compensate_found(run: tuple[Path, dict[str, Any]]) -> None:
     folder, report = run
-    subject = load_subject(folder / "adapter", str(folder / "original"), str(folder / "quantized"), device="cpu")
+    names = (str(folder / name) for name in ("original", "quantized"))
+    subject = load_subject(folder / "adapter", *names, bits_per_weight=4.0, device="cpu")
     counted: list[tuple[int, int]] = []
-    found = evaluate_on_text(subject, TEXT, bits_per_weight=4.0, on_sample=lambda *count: counted.append(count))
+    found = evaluate_on_text(subject, TEXT, on_sample=lambda *count: counted.append(count))
     assert counted == [(done, 3) for done in range(4)]
     for name, other in (("original", "original"), ("quantised", "quantized"), ("with the adapter", "compensated")):
         assert found["rows"][name] == pytest.approx(report["report"][other], rel=1e-6)
@@ -66,6 +67,28 @@ def test_without_a_size_there_is_no_rounding(run: tuple[Path, dict[str, Any]]) -
     shown = CliRunner(env=terminal).invoke(app, command)
     assert "measuring" in shown.stderr and "sample 3/3" in shown.stderr
     assert "give --bits-per-weight" in shown.stdout and "the adapter takes away" in shown.stdout
+    assert "95 % between" in shown.stdout
+    one = CliRunner(env=terminal).invoke(app, [*command[:-1], "3"])
+    assert "(one sample, which has no interval)" in one.stdout and "95 %" not in one.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("--sequence-length", "0", "at least 2"),
+        ("--sequence-length", "1", "at least 2"),
+        ("--num-samples", "0", "at least 1"),
+        ("--num-samples", "-5", "at least 1"),
+        ("--bits-per-weight", "-3", "above 0 and at most 32"),
+        ("--bits-per-weight", "0", "above 0 and at most 32"),
+        ("--bits-per-weight", "nan", "above 0 and at most 32"),
+    ],
+)
+def test_numbers_out_of_range(tmp_path: Path, option: str, value: str, allowed: str) -> None:
+    """They are refused before anything is looked for: neither the adapter nor a model is there."""
+    missing = [str(tmp_path / "none"), "--original", str(tmp_path / "none"), "--quantized", str(tmp_path / "none")]
+    result = CliRunner().invoke(app, ["adapter", "evaluate", *missing, option, value])
+    assert result.exit_code == 2 and f"error: {option} must be {allowed}, got {value}" in result.stderr
 
 
 def test_another_models_adapter_is_refused(run: tuple[Path, dict[str, Any]]) -> None:
