@@ -12,8 +12,10 @@ import torch
 def pair_costs(batch: dict[str, Any]) -> list[int]:
     """Distinct tokens of each pair of a batch [chosen rows; rejected rows]: P + C + R if no answers begin alike."""
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
-    half = len(ids) // 2
-    # Right-padded rows: the common prefix is the columns before the first difference.
+    half, length = len(ids) // 2, ids.shape[1]
+    # Turned until each row begins in the first column: a common prefix is the columns before the first difference.
+    columns = (torch.arange(length, device=ids.device) + mask.long().argmax(1, keepdim=True)) % length
+    ids, mask = ids.gather(1, columns), mask.gather(1, columns)
     same = (ids[:half] == ids[half:]) & mask[:half] & mask[half:]
     shared = same.long().cumprod(1).sum(1)
     return (mask[:half].sum(1) + mask[half:].sum(1) - shared).tolist()  # type: ignore[no-any-return]
@@ -48,11 +50,11 @@ def take_pairs(batch: dict[str, Any], pairs: Sequence[int]) -> dict[str, Any]:
     """The batch of these pairs alone, without columns that are padding in all of their rows."""
     half = len(batch["input_ids"]) // 2
     index = torch.tensor([*pairs, *(half + pair for pair in pairs)], device=batch["input_ids"].device)
-    longest = int(batch["attention_mask"][index].sum(1).max())
+    used = batch["attention_mask"][index].bool().any(0)
     taken: dict[str, Any] = {}
     for key, value in batch.items():
         if len(value) == 2 * half:
-            taken[key] = value[index, :longest]
+            taken[key] = value[index][:, used] if value.shape[1:2] == used.shape else value[index]
         elif len(value) == half:
             taken[key] = value[index[: len(pairs)]]
         else:

@@ -14,25 +14,39 @@ from tests.engine.prefix_sharing.batches import pad, pairs
 from tests.engine.prefix_sharing.trainers.runs import assert_same, baseline, train_pairs
 
 
-def batch() -> dict[str, Any]:
-    ids, mask = pad(pairs(), extra=2)
-    return {"input_ids": ids, "attention_mask": mask, "ref_chosen_logps": torch.arange(3.0)}
+def batch(side: str = "right") -> dict[str, Any]:
+    ids, mask = pad(pairs(), side=side, extra=2)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "completion_mask": mask * (ids > 60),
+        "ref_chosen_logps": torch.arange(3.0),
+    }
 
 
-def test_costs_are_those_of_trees() -> None:
-    whole = batch()
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_costs_are_those_of_trees(side: str) -> None:
+    whole = batch(side)
     trees = [take_pairs(whole, [pair]) for pair in range(3)]
     expected = [PrefixTree.from_batch(tree["input_ids"], tree["attention_mask"]).num_tokens for tree in trees]
     assert pair_costs(whole) == expected
+    assert sum(expected) < sum(map(len, pairs()))
 
 
-def test_taken_pairs_are_trimmed() -> None:
-    taken = take_pairs(batch(), [0, 2])
-    assert taken["input_ids"].shape == (4, 39) and taken["attention_mask"][0].all()
-    assert torch.equal(taken["input_ids"][3, :18], batch()["input_ids"][5, :18])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_taken_pairs_are_trimmed(side: str) -> None:
+    whole = batch(side)
+    taken = take_pairs(whole, [0, 2])
+    real = taken["attention_mask"].bool()
+    assert real.shape == (4, 39) and real.any(0).all()
+    for row, original in enumerate([0, 2, 3, 5]):
+        cells = whole["attention_mask"][original].bool()
+        for key in ("input_ids", "completion_mask"):
+            assert torch.equal(taken[key][row, real[row]], whole[key][original, cells])
     assert taken["ref_chosen_logps"].tolist() == [0, 2]
+    assert take_pairs(whole | {"weights": torch.arange(6)}, [0, 2])["weights"].tolist() == [0, 2, 3, 5]
     with pytest.raises(ValueError, match="'labels'"):
-        take_pairs(batch() | {"labels": torch.zeros(5)}, [0])
+        take_pairs(whole | {"labels": torch.zeros(5)}, [0])
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=12), st.integers(1, 300))
