@@ -5,6 +5,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from longshadow.engine.runtime.accounting import Accounting
@@ -27,6 +28,7 @@ class Intake:
     max_model_len: int
     max_num_seqs: int
     accounting: Accounting
+    device: torch.device
 
     def need_tokenizer(self, what: str) -> PreTrainedTokenizerBase:
         """The tokenizer. Raises ValueError, saying what for, where there is none."""
@@ -77,19 +79,21 @@ class Intake:
             id=f"request-{secrets.token_hex(12)}",
             prompt=prompt,
             params=params,
-            completions=make_completions(params, prompt, self.tokenizer, self.end_tokens),
+            completions=make_completions(params, prompt, self.tokenizer, self.end_tokens, self.device),
             document=document,
             sink=sink,
         )
 
 
 def as_prompts(prompts: Prompt | Sequence_[Prompt]) -> list[Prompt]:
-    """Always a list; a list of integers is one prompt."""
+    """Always a list; a list of integers is one prompt. Raises ValueError for anything else than texts and lists."""
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, list | tuple):
+        raise ValueError(f"prompts must be texts or lists of token ids, got {type(prompts).__name__}; use .tolist()")
     if prompts and all(isinstance(item, int) for item in prompts):
-        return [list(prompts)]  # type: ignore[arg-type]
-    return list(prompts)  # type: ignore[arg-type]
+        return [list(prompts)]
+    return list(prompts)
 
 
 def as_params(params: SamplingParams | Sequence_[SamplingParams] | None, count: int) -> list[SamplingParams]:

@@ -98,6 +98,7 @@ class LLM:
                 max_model_len=self.max_model_len,
                 max_num_seqs=max_num_seqs,
                 accounting=self._accounting,
+                device=self._runner.device,
             )
             budget = MemoryBudget.of(self._runner.device, device_memory, host_memory)
             limits = budget.limits

@@ -46,7 +46,7 @@ class Completion:
         if params.logprobs is not None:
             self.logprobs.append(log_probabilities(logits_V, token, params.logprobs, self._token_text))
         may_stop = len(self.token_ids) >= params.min_tokens
-        if may_stop and token in params.stop_token_ids:
+        if may_stop and token in (params.stop_token_ids or ()):
             self.finish("stop", token)
         elif may_stop and not params.ignore_eos and token in self.end_tokens:
             self.finish("stop", None)
@@ -142,15 +142,19 @@ class Request(Job):
 
 
 def make_completions(
-    params: SamplingParams, prompt: list[int], tokenizer: PreTrainedTokenizerBase | None, end_tokens: Sequence[int]
+    params: SamplingParams,
+    prompt: list[int],
+    tokenizer: PreTrainedTokenizerBase | None,
+    end_tokens: Sequence[int],
+    device: torch.device,
 ) -> list[Completion]:
-    """`params.n` completions without tokens."""
-    suppressed = [*params.stop_token_ids, *(() if params.ignore_eos else end_tokens)]
+    """`params.n` completions without tokens, whose logits will be on `device`."""
+    suppressed = [*(params.stop_token_ids or ()), *(() if params.ignore_eos else end_tokens)]
     return [
         Completion(
             index=index,
             params=params,
-            sampler=Sampler.of(params, index=index, prompt=prompt, end_tokens=suppressed),
+            sampler=Sampler.of(params, index=index, prompt=prompt, end_tokens=suppressed, device=device),
             text=TextStream(tokenizer, params.stops),
             end_tokens=frozenset(end_tokens),
             tokenizer=tokenizer,

@@ -56,12 +56,20 @@ class Sampler:
     tokens: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, params: SamplingParams, *, index: int, prompt: list[int], end_tokens: Sequence[int]) -> "Sampler":
-        """For completion `index` of a request."""
+    def of(
+        cls,
+        params: SamplingParams,
+        *,
+        index: int,
+        prompt: list[int],
+        end_tokens: Sequence[int],
+        device: torch.device,
+    ) -> "Sampler":
+        """For completion `index` of a request; its logits are on `device`."""
         return cls(
             params=params,
             random=random.Random() if params.seed is None else random.Random(f"{params.seed}/{index}"),
-            penalties=_penalties(params, len(prompt), end_tokens),
+            penalties=_penalties(params, len(prompt), end_tokens, device),
             warpers=_warpers(params),
             tokens=list(prompt),
         )
@@ -73,7 +81,9 @@ class Sampler:
         return None if params.is_greedy else (params.temperature, params.top_k, params.top_p, params.min_p)
 
 
-def _penalties(params: SamplingParams, num_prompt: int, end_tokens: Sequence[int]) -> LogitsProcessorList:
+def _penalties(
+    params: SamplingParams, num_prompt: int, end_tokens: Sequence[int], device: torch.device
+) -> LogitsProcessorList:
     processors = LogitsProcessorList()
     if params.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty)))
@@ -84,7 +94,8 @@ def _penalties(params: SamplingParams, num_prompt: int, end_tokens: Sequence[int
             )
         )
     if params.min_tokens and end_tokens:
-        processors.append(MinNewTokensLengthLogitsProcessor(num_prompt, params.min_tokens, list(end_tokens)))
+        suppressed = torch.tensor(end_tokens, device=device)
+        processors.append(MinNewTokensLengthLogitsProcessor(num_prompt, params.min_tokens, suppressed))
     return processors
 
 

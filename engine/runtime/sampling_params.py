@@ -38,8 +38,8 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    stop: tuple[str, ...] | str = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] | str | None = ()
+    stop_token_ids: tuple[int, ...] | None = ()
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
@@ -58,7 +58,7 @@ class SamplingParams:
         _check_number("presence_penalty", self.presence_penalty, -2, 2)
         _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
         _check_texts("stop", self.stops)
-        for token in self.stop_token_ids:
+        for token in self.stop_token_ids or ():
             _check_integer("stop_token_ids", token, 0)
         if self.seed is not None:
             _check_integer("seed", self.seed, 0, LARGEST_SEED)
@@ -70,7 +70,7 @@ class SamplingParams:
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop texts, a single one as a tuple, too."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def is_greedy(self) -> bool:

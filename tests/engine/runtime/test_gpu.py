@@ -103,9 +103,11 @@ def test_an_engine_with_graphs_gives_what_it_gives_without(monkeypatch: pytest.M
     requests = [
         (
             prompt(rng.choice((5, 80, 200, 400)), seed),
-            SamplingParams(max_tokens=rng.randint(1, 60), temperature=0, n=rng.choice((1, 2))),
+            SamplingParams(
+                max_tokens=count, min_tokens=count, stop_token_ids=(5,), temperature=0, n=rng.choice((1, 2))
+            ),
         )
-        for seed in range(8)
+        for seed, count in enumerate(rng.choices(range(1, 61), k=8))
     ]
     model, answers = llama(), []
     for graphed in (True, False):

@@ -43,3 +43,4 @@ def test_takes_the_edges_of_the_ranges() -> None:
 def test_one_stop_text_is_a_tuple_of_one() -> None:
     assert SamplingParams(stop="end").stops == ("end",)
     assert SamplingParams(stop=("a", "b")).stops == ("a", "b")
+    assert SamplingParams(stop=None, stop_token_ids=None).stops == ()
