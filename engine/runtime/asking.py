@@ -3,6 +3,7 @@
 import asyncio
 import queue
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 
 from longshadow.engine.runtime.engine import Engine
 from longshadow.engine.runtime.errors import QueueFull
@@ -14,7 +15,7 @@ from longshadow.engine.runtime.waiting import request_bar
 def answer_all(engine: Engine, make: Sequence[Callable[[Sink], Request]], progress: bool) -> list[RequestOutput]:
     """Outputs of requests, each made with its sink, in their order; those that the queue does not take wait here.
 
-    If one fails, or the caller is interrupted, all are cancelled.
+    If one fails, or the caller is interrupted, all are cancelled. Raises RequestTooLong before any of them runs.
     """
     arrived: queue.SimpleQueue[tuple[int, RequestOutput | Exception]] = queue.SimpleQueue()
 
@@ -23,6 +24,7 @@ def answer_all(engine: Engine, make: Sequence[Callable[[Sink], Request]], progre
 
     requests = [of_sink(sink_of(index)) for index, of_sink in enumerate(make)]
     outputs: dict[int, RequestOutput] = {}
+    engine.check_sizes(requests)
     waiting = list(requests)
     try:
         with request_bar(len(requests), progress) as advance:
@@ -35,7 +37,7 @@ def answer_all(engine: Engine, make: Sequence[Callable[[Sink], Request]], progre
                 advance()
     except BaseException:
         for request in requests:
-            engine.cancel(request.id)
+            engine.abandon(request)
         raise
     return [outputs[index] for index in range(len(requests))]
 
@@ -59,7 +61,7 @@ async def follow(engine: Engine, request: Request, owner: object) -> AsyncGenera
     arrived: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
 
     def deliver(item: RequestOutput | Exception) -> None:
-        if not loop.is_closed():
+        with suppress(RuntimeError):  # the loop was closed: nobody listens
             loop.call_soon_threadsafe(arrived.put_nowait, item)
 
     request.sink, request.streams = deliver, True
@@ -73,4 +75,4 @@ async def follow(engine: Engine, request: Request, owner: object) -> AsyncGenera
             if item.finished:
                 return
     finally:
-        engine.cancel(request.id)
+        engine.abandon(request)

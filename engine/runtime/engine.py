@@ -70,8 +70,8 @@ class Engine:
             if isinstance(job, Request):
                 if job.id in self._requests:
                     raise ValueError(f"a request with the id {job.id!r} is open already")
-                if job.document is not None and job.document.is_removed:
-                    raise ValueError(f"the document {job.document.id!r} was removed")
+                if job.document is not None:
+                    self.holdings.check(job.document)
             self._check_size(job)
             self.scheduler.submit(job)
             if isinstance(job, Request):
@@ -79,6 +79,12 @@ class Engine:
                 if job.document is not None:
                     job.document.num_users += 1
             self._wake.notify_all()
+
+    def check_sizes(self, jobs: Sequence[Job]) -> None:
+        """Raises RequestTooLong if one of them could never be admitted."""
+        with self._lock:
+            for job in jobs:
+                self._check_size(job)
 
     def _check_size(self, job: Job) -> None:
         need, left = self.scheduler.need_alone(job), self.budget.limits - self.holdings.held
@@ -97,6 +103,12 @@ class Engine:
             request.is_cancelled = True
             self._wake.notify_all()
             return True
+
+    def abandon(self, request: Request) -> None:
+        """Ends this very request if it is open."""
+        with self._lock:
+            if self._requests.get(request.id) is request:
+                self.cancel(request.id)
 
     def cancel_reading(self, job: Reading) -> None:
         """Ends the reading of a document after the current step, or forgets what has been read."""

@@ -52,6 +52,13 @@ class Holdings:
         self.give_back(document)
         return True
 
+    def check(self, document: Document) -> None:
+        """Raises ValueError for one that was removed or is another engine's."""
+        if document.is_removed:
+            raise ValueError(f"the document {document.id!r} was removed")
+        if self.documents.get(document.id) is not document:
+            raise ValueError(f"the document {document.id!r} belongs to another engine; save it there and load it here")
+
     def give_back(self, document: Document) -> None:
         """Frees a removed document that nobody uses."""
         if document.is_removed and document.num_users == 0:

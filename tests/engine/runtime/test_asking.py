@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from longshadow import LLM, SamplingParams
-from longshadow.engine.runtime import QueueFull, RequestOutput
-from tests.engine.runtime.engines import GREEDY, assert_nothing_is_left, engine, last_of, text
+from longshadow.engine.runtime import QueueFull, RequestOutput, RequestTooLong
+from tests.engine.runtime.engines import GREEDY, assert_nothing_is_left, engine, last_of, text, tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,46 @@ def test_a_stream_keeps_its_engine() -> None:
     stream = engine().stream("abc", GREEDY)
     gc.collect()
     assert asyncio.run(last_of(stream)).finished
+
+
+def test_leaving_a_finished_stream_does_not_end_another_of_its_name(llm: LLM) -> None:
+    async def ask() -> RequestOutput:
+        first = llm.stream("abc", SamplingParams(max_tokens=1), request_id="name")
+        async for output in first:
+            assert output.finished
+            break
+        second = llm.stream("abc", SamplingParams(max_tokens=30, temperature=0), request_id="name")
+        await anext(second)
+        await first.aclose()
+        return await last_of(second)
+
+    assert len(asyncio.run(ask()).outputs[0].token_ids) == 30
+
+
+def test_a_listener_whose_loop_is_closed_harms_nobody(llm: LLM) -> None:
+    loop = asyncio.new_event_loop()
+    stream = llm.stream("abc", SamplingParams(max_tokens=500, temperature=0), request_id="deaf")
+    loop.run_until_complete(anext(stream))
+    loop.close()
+    assert len(tokens_of(llm.generate("abc", SamplingParams(max_tokens=5))[0])[0]) == 5
+    assert llm.cancel("deaf")
+    assert_nothing_is_left(llm)
+
+
+def test_one_that_can_never_fit_is_refused_before_any_runs() -> None:
+    with engine(max_num_waiting=1, prefix_cache=False) as llm:
+        inner = llm._engine
+        need = llm._accounting.need(400, 19).prefill
+        inner.budget.device_limit = inner.holdings.held.device + need.device + need.host
+        with pytest.raises(RequestTooLong, match="bytes of device"):
+            llm.generate([text(20), text(30), text(3500)], GREEDY)
+        assert llm.statistics().num_generated_tokens == 0
+
+
+@pytest.mark.parametrize("prompts", [torch.tensor([[1, 2], [3, 4]]), {"a": 1}, None])
+def test_prompts_are_texts_or_lists(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(ValueError, match="prompts must be texts or lists"):
+        llm.generate(prompts)
 
 
 def test_a_full_queue_says_so_and_generate_waits_for_it() -> None:

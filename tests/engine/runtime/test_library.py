@@ -58,6 +58,14 @@ def test_a_document_answers_as_a_prompt_of_two_turns(llm: LLM) -> None:
     assert_nothing_is_left(llm)
 
 
+def test_a_document_of_another_engine_is_refused(llm: LLM) -> None:
+    with engine() as other:
+        document = other.add_document(text(100))
+        with pytest.raises(ValueError, match="belongs to another engine"):
+            llm.generate("so?", document=document)
+    assert_nothing_is_left(llm)
+
+
 def test_a_removed_document_stays_for_those_who_use_it(llm: LLM) -> None:
     document = llm.add_document(text(200))
 
