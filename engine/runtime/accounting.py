@@ -10,6 +10,7 @@ from longshadow.engine.runtime.layer_plan import LayerPlan, WindowPlan
 from longshadow.engine.runtime.memory import Bytes
 from longshadow.engine.runtime.segment_sizes import FP32_BYTES, SegmentSizes
 from longshadow.engine.runtime.shapes import LayerShape, Start
+from longshadow.engine.runtime.state import BLOCK_TOKENS
 from longshadow.engine.shadowkv.config import ShadowKVConfig
 from longshadow.engine.shadowkv.step_buffers import Capacity
 
@@ -61,6 +62,8 @@ class Accounting:
         start = start or Start()
         total_tokens = start.num_tokens + num_prompt + num_new
         prefill, shared, completion = self._workspace(num_prompt + start.tail), Bytes(), Bytes()
+        if not start.num_tokens:  # the sums at the ends of blocks, which a later prompt may go on from
+            prefill += Bytes(device=num_prompt // BLOCK_TOKENS * self.energy_bytes)
         room = Capacity()
         for layer, count in self._kinds.items():
             plan = self.plan(layer, start, total_tokens)

@@ -101,6 +101,9 @@ def available_main_memory() -> int:
     try:
         limit = int((CGROUP / "memory.max").read_text(encoding="ascii"))
         used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
+        # Pages of files that were read count as used, and are given back when memory is wanted.
+        statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
+        used -= int(statistics.get("inactive_file", 0))
     except (OSError, ValueError):  # no control group, or one without a limit
         return available
     return max(0, min(available, limit - used))

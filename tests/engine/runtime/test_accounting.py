@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -9,7 +11,7 @@ from longshadow.engine.runtime.accounting import Accounting
 from longshadow.engine.runtime.layer_plan import LayerPlan
 from longshadow.engine.runtime.memory import Bytes
 from longshadow.engine.runtime.shapes import LayerShape, Start
-from longshadow.engine.runtime.state import SequenceState
+from longshadow.engine.runtime.state import BlockedEnergy, SequenceState
 from longshadow.engine.shadowkv.batch_memory import batch_bytes
 from longshadow.engine.shadowkv.decode import StepCounts
 from longshadow.engine.shadowkv.decode_batch import DecodeBatch
@@ -197,3 +199,17 @@ def test_a_window_takes_its_window_or_all_tokens() -> None:
 def test_long_requests_are_counted_quickly(num_tokens: int) -> None:
     accounting = Accounting([SHAPE], ShadowKVConfig(segment_tokens=4096, local_tokens=2000), CPU)
     assert accounting.need(num_tokens, num_tokens).shared.host >= 0
+
+
+def test_sums_of_query_energies_are_reserved_while_a_prompt_is_read() -> None:
+    config = ShadowKVConfig(budget_tokens=32, rank=8, query_weighted=True)
+    accounting = Accounting([SHAPE] * 3, config, CPU)
+    energies = [BlockedEnergy() for _ in range(3)]
+    for energy in energies:
+        energy.add(torch.randn(2 * HEADS, 700, KEY_DIM), HEADS)
+    held = sum(tensor.nbytes for energy in energies for tensor in energy.sums)
+    need, unweighted = (
+        Accounting([SHAPE] * 3, replace(config, query_weighted=weighted), CPU).need(700, 0)
+        for weighted in (True, False)
+    )
+    assert need.prefill.device - unweighted.prefill.device >= held == 10 * accounting.energy_bytes

@@ -1,5 +1,8 @@
+from pathlib import Path
+
 import pytest
 
+from longshadow.engine.runtime import memory
 from longshadow.engine.runtime.memory import Bytes, MemoryBudget, parse_memory
 
 
@@ -15,6 +18,16 @@ def test_sizes_and_shares(text: str | int, expected: int) -> None:
 def test_refuses_others_by_name(text: str | int) -> None:
     with pytest.raises(ValueError, match="device_memory must be"):
         parse_memory("device_memory", text, 1000)
+
+
+def test_pages_of_files_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("1000")
+    (tmp_path / "memory.current").write_text("900")
+    (tmp_path / "memory.stat").write_text("anon 100\ninactive_file 700\nactive_file 50\n")
+    assert memory.available_main_memory() == 800
+    (tmp_path / "memory.max").write_text("max")
+    assert memory.available_main_memory() > 2**20
 
 
 def test_on_a_cpu_both_places_share_the_device_limit() -> None:
