@@ -84,6 +84,12 @@ def _checked_header(fields: dict[str, Any], num_full: int, max_tokens: int) -> H
             and all(isinstance(row, list) and len(row) == length for row in value)
         )
 
+    def is_text(value: object) -> bool:
+        if not isinstance(value, str) or len(value) > LONGEST_NAME:
+            return False
+        # Half a surrogate pair could not be sent to anyone.
+        return value.encode(errors="ignore").decode() == value
+
     keys = ("segments", "ranks", "energies", "id", "name", "checksum")
     found: list[Any] = [fields.get(key) for key in keys]
     segments, ranks, energies, identity, name, check = found
@@ -96,9 +102,9 @@ def _checked_header(fields: dict[str, Any], num_full: int, max_tokens: int) -> H
         and all(isinstance(rank, int) and not isinstance(rank, bool) for row in ranks or () for rank in row)
         and rows_of(energies, len(segments))
         and all(isinstance(share, float | int) and math.isfinite(share) for row in energies or () for share in row)
-        and isinstance(identity, str)
-        and 0 < len(identity) <= LONGEST_NAME
-        and (name is None or (isinstance(name, str) and len(name) <= LONGEST_NAME))
+        and is_text(identity)
+        and identity
+        and (name is None or is_text(name))
         and isinstance(check, int)
     )
     if not is_sound:

@@ -36,6 +36,7 @@ class DocumentRecord:
         read_seconds: what reading (or loading) it took.
         document: the engine's; None until it is ready.
         error: why it failed, or, of one that is ready, why it could not be saved.
+        text: until it is read or deleted.
     """
 
     id: str
@@ -49,6 +50,7 @@ class DocumentRecord:
     is_saved: bool = False
     error: str | None = None
     is_deleted: bool = False
+    text: str | None = None
     done: "Future[None]" = field(default_factory=Future)
 
 
@@ -82,7 +84,7 @@ class DocumentStore:
         if self._folder is None:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(self._folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime):
+        for path in sorted(self._folder.glob(f"*{SUFFIX}"), key=_modified):
             if not ID_PATTERN.fullmatch(path.stem):
                 logger.warning("%s was not saved by this server; left alone", path)
                 continue
@@ -92,7 +94,7 @@ class DocumentStore:
             except (ValueError, OSError) as error:
                 logger.warning("%s cannot be loaded: %s", path, error)
                 continue
-            record = DocumentRecord(id=path.stem, name=document.name, created=int(path.stat().st_mtime), is_saved=True)
+            record = DocumentRecord(id=path.stem, name=document.name, created=int(_modified(path)), is_saved=True)
             self._finish(record, document, time.monotonic() - started)
             record.done.set_result(None)
             self._records[record.id] = record
@@ -112,7 +114,7 @@ class DocumentStore:
     def add_file(self, path: Path, text: str) -> DocumentRecord:
         """The same for a file given at the start; it is read once for all starts with one folder."""
         identity = f"doc-{hashlib.sha256(text.encode(errors='replace')).hexdigest()[:24]}"
-        return self._records.get(identity) or self._start(identity, text, path.name)
+        return self._records.get(identity) or self._start(identity, text, path.name.encode(errors="replace").decode())
 
     def records(self) -> list[DocumentRecord]:
         """All documents, in the order they came."""
@@ -155,7 +157,9 @@ class DocumentStore:
         with self._lock:
             record.is_deleted = True
             self._records.pop(identity, None)
-            document, record.document = record.document, None
+            document, record.document, record.text = record.document, None, None
+        if record.is_saved:  # since it was looked at
+            self._path(record).unlink(missing_ok=True)
         if document is not None:
             self._llm.remove_document(document)
 
@@ -164,16 +168,16 @@ class DocumentStore:
         self._reader.shutdown(wait=True)
 
     def _start(self, identity: str, text: str, name: str | None) -> DocumentRecord:
-        record = DocumentRecord(id=identity, name=name, created=int(time.time()))
+        record = DocumentRecord(id=identity, name=name, created=int(time.time()), text=text)
         self._records[identity] = record
         try:
-            self._reader.submit(self._read, record, text)
+            self._reader.submit(self._read, record)
         except RuntimeError as error:  # the store was closed
             del self._records[identity]
             raise stopping() from error
         return record
 
-    def _read(self, record: DocumentRecord, text: str) -> None:
+    def _read(self, record: DocumentRecord) -> None:
         def progress(num_done: int, num_tokens: int) -> None:
             record.num_read_tokens, record.num_tokens = num_done, num_tokens
             if record.is_deleted:
@@ -181,8 +185,12 @@ class DocumentStore:
 
         started = time.monotonic()
         try:
-            if record.is_deleted:
+            with self._lock:
+                text, record.text = record.text, None
+            if text is None:  # deleted
                 return
+            if self._llm.is_closed:
+                raise EngineClosed("the engine was closed")
             record.status = "reading"
             document = self._llm.add_document(text, name=record.name, on_progress=progress)
             self._finish(record, document, time.monotonic() - started)
@@ -227,3 +235,10 @@ class DocumentStore:
     def _path(self, record: DocumentRecord) -> Path:
         assert self._folder is not None
         return self._folder / f"{record.id}{SUFFIX}"
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # a link to nowhere, or it has just gone: loading it tells
+        return 0.0

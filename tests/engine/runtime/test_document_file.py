@@ -146,6 +146,7 @@ HUGE = 2**62
         set_to(id=5),
         set_to(id="x" * 5000),
         set_to(name=["x"]),
+        set_to(name="\ud800"),
         set_to(checksum="0"),
         set_to(checksum=1),
         set_to(version=2),

@@ -44,7 +44,7 @@ class FakeEngine:
         self.tempo, self.failure, self.failure_after = tempo, failure, failure_after
         self.document_tempo, self.document_failure = document_tempo, document_failure
         self.max_model_len = 4096
-        self.num_open = self.num_started = self.num_finished = 0
+        self.num_open = self.num_started = self.num_finished = self.num_readings = 0
         self.documents = []
         self._closed = threading.Event()
 
@@ -74,6 +74,7 @@ class FakeEngine:
         return [ord(letter) % 256 for message in messages for letter in message["content"]]
 
     def add_document(self, text, *, name=None, on_progress=None):
+        self.num_readings += 1
         for step in range(11):
             self._check()
             if on_progress:

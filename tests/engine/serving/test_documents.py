@@ -1,7 +1,9 @@
 """Documents over HTTP: reading, asking, saving, loading, deleting."""
 
+import os
 import threading
 import time
+from pathlib import Path
 
 import openai
 import pytest
@@ -149,6 +151,56 @@ def test_files_that_cannot_be_loaded_are_left_alone(llm, tmp_path, caplog):
     assert f"{foreign} was not saved by this server" in caplog.text
 
 
+def test_links_to_nowhere_are_left_alone(llm, tmp_path, caplog):
+    link = tmp_path / f"doc-{'1' * 24}.safetensors"
+    link.symlink_to(tmp_path / "nothing")
+    with serving(llm, keeps_engine=True, documents_dir=tmp_path) as server, server.client() as client:
+        assert client.get("/v1/documents").json()["data"] == []
+    assert link.is_symlink() and f"{link} cannot be loaded" in caplog.text
+
+
+def test_names_that_are_no_text_can_be_listed(tmp_path):
+    with serving(FakeEngine()) as server, server.client() as client:
+        server.service.documents.add_file(Path(os.fsdecode(b"caf\xe9.txt")), TEXT)
+        [listed] = client.get("/v1/documents").json()["data"]
+        assert listed["name"] == "caf?.txt"
+
+
+def test_a_deleted_document_leaves_no_text_behind():
+    with serving(FakeEngine(document_tempo=10)) as server, server.client() as client:
+        first, second = (create(client)["id"] for _ in range(2))
+        waiting = server.service.documents.find(second)
+        assert waiting.text == TEXT
+        client.delete(f"/v1/documents/{second}")
+        assert waiting.text is None
+        client.delete(f"/v1/documents/{first}")
+
+
+class SavedMeanwhile:
+    """A lock for which another thread, that saves the document, was quicker."""
+
+    def __init__(self, lock, record):
+        self.lock, self.record = lock, record
+
+    def __enter__(self):
+        self.record.is_saved = True
+        return self.lock.__enter__()
+
+    def __exit__(self, *error):
+        return self.lock.__exit__(*error)
+
+
+def test_a_document_that_is_saved_while_it_is_deleted_leaves_no_file(monkeypatch, tmp_path):
+    with serving(FakeEngine(), documents_dir=tmp_path) as server, server.client() as client:
+        store, identity = server.service.documents, create(client)["id"]
+        wait_until(lambda: ready(client, identity)["saved"])
+        record = store.find(identity)
+        record.is_saved = False
+        monkeypatch.setattr(store, "_lock", SavedMeanwhile(store._lock, record))
+        store.delete(identity)
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_a_document_that_cannot_be_saved_can_be_used(monkeypatch, tmp_path):
     def full(self, path):
         raise DocumentError(f"cannot write {path}: No space left on device")
@@ -200,6 +252,7 @@ def test_the_end_fails_documents_that_wait():
         identities = [create(client)["id"] for _ in range(3)]
     assert [server.service.documents.find(one).status for one in identities] == ["failed"] * 3
     assert {server.service.documents.find(one).error for one in identities} == {"the server is stopping"}
+    assert engine.num_readings == 1, "texts that wait are not even tokenised"
 
 
 def test_only_the_last_failures_are_kept():
