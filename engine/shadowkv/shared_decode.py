@@ -1,14 +1,15 @@
 """One decoding step of several sequences, those together that share their segments: questions on one document.
 
 Each attends to what it would attend to by itself (`decode`). Landmarks are scored for all queries in one product.
-Questions on one document want many of the same chunks, so a chunk's keys are rebuilt once for all that want it, and
-multiplied with all queries; what a sequence did not ask for is dropped from its logits. From there on the sequences
-stand beside each other as further heads.
+Questions on one document want many of the same chunks. Where they do, a chunk's keys are rebuilt once for all that want
+it, and multiplied with all queries; what a sequence did not ask for is dropped from its logits. From there on the
+sequences stand beside each other as further heads.
 
 Legend: B sequences, H KV heads, G query heads per KV head, D head_dim, V that of values, m candidate chunks, n of all
 sequences, U wanted by any, C all chunks, c chunk size, t selected tokens, T tokens of the longest tail.
 """
 
+import math
 from collections.abc import Sequence as Sequence_
 from dataclasses import replace
 
@@ -27,8 +28,11 @@ from longshadow.engine.shadowkv.selection import (
 )
 from longshadow.engine.shadowkv.sequence import Sequence, rows_by_segments
 
-# Of keys that are rebuilt at once, so that a step's temporary memory does not grow with the number of sequences.
+# Of keys that are rebuilt at once, and of their logits, so that a step's temporary memory does not grow with the number
+# of sequences.
 LARGEST_PART = 64 * 2**20
+# How often a chunk must be wanted on average for keys to be multiplied with all queries, most of them in vain.
+LEAST_SHARED = 2
 
 
 def attend_tokens(sequences: Sequence_[Sequence], query: torch.Tensor, parameters: AttentionParameters) -> torch.Tensor:
@@ -37,7 +41,7 @@ def attend_tokens(sequences: Sequence_[Sequence], query: torch.Tensor, parameter
     out = query.new_empty(*query.shape[:2], sequences[0].tail.values.shape[2])
     for rows in rows_by_segments(sequences):
         sizes = _common_sizes([sequences[row] for row in rows], query.device) if len(rows) > 1 else None
-        for some in _in_parts(rows, sequences, sizes):
+        for some in _in_parts(rows, sequences, sizes, query.shape[1]):
             members = [sequences[row] for row in some]
             if sizes is not None and len(some) > 1:
                 out[some] = _attend_together(members, grouped[some], sizes, parameters).flatten(1, 2)
@@ -47,14 +51,18 @@ def attend_tokens(sequences: Sequence_[Sequence], query: torch.Tensor, parameter
     return out
 
 
-def _in_parts(rows: list[int], sequences: Sequence_[Sequence], sizes: StepSizes | None) -> list[list[int]]:
-    """Of the rows, whose rebuilt keys take no more than so many bytes together."""
+def _in_parts(
+    rows: list[int], sequences: Sequence_[Sequence], sizes: StepSizes | None, num_query_heads: int
+) -> list[list[int]]:
+    """Of the rows, whose rebuilt keys, and whose logits, take no more than so many bytes together."""
     if sizes is None:
         return [rows]
     first = sequences[rows[0]]
     num_tokens = sizes.num_candidates * first.config.chunk_size
     of_one = num_tokens * first.tail.keys[:, :1].numel() * first.tail.keys.itemsize
-    count = max(1, LARGEST_PART // of_one)
+    # Of n sequences n queries meet at most n num_tokens / LEAST_SHARED keys.
+    logits = num_query_heads * num_tokens * torch.float32.itemsize
+    count = max(1, min(LARGEST_PART // of_one, math.isqrt(LARGEST_PART * LEAST_SHARED // logits)))
     return [rows[start : start + count] for start in range(0, len(rows), count)]
 
 
@@ -88,10 +96,14 @@ def _attend_together(
     scores = score_chunks(by_head, segments, parameters.scaling, parameters.softcap, num_sequences=num_sequences)
     candidates = select_chunks(scores, sizes.num_candidates)
     union, places_in_union = _union(of_all(candidates), sum(segment.num_chunks for segment in segments))
-    keys = gather_keys(segments, union).flatten(1, 2)
-    of_union = attention_logits(by_head, keys, parameters).reshape(*query.shape[:2], -1, config.chunk_size)
-    places_in_union = places_in_union.view(len(candidates), 1, -1, 1)
-    wanted = of_union.gather(2, places_in_union.expand(-1, num_groups, -1, config.chunk_size)).flatten(2)
+    if LEAST_SHARED * union.shape[1] <= of_all(candidates).shape[1]:
+        keys = gather_keys(segments, union).flatten(1, 2)
+        of_union = attention_logits(by_head, keys, parameters).reshape(*query.shape[:2], -1, config.chunk_size)
+        places_in_union = places_in_union.view(len(candidates), 1, -1, 1)
+        wanted = of_union.gather(2, places_in_union.expand(-1, num_groups, -1, config.chunk_size)).flatten(2)
+    else:
+        keys = gather_keys(segments, of_all(candidates)).reshape(len(candidates), -1, query.shape[2])
+        wanted = attention_logits(query, keys, parameters)
     tail_keys, tail_values, is_padding = _tails(sequences, num_heads)
     tail_logits = attention_logits(query, tail_keys, parameters)
     tail_logits.view(num_heads, num_sequences, num_groups, -1).masked_fill_(is_padding.unsqueeze(1), -torch.inf)

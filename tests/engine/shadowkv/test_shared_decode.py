@@ -57,7 +57,9 @@ def compare(setting: Setting, sequences: list[Sequence]) -> int:
 
 @pytest.mark.parametrize("case", SETTINGS)
 @pytest.mark.parametrize("turns", [[300], [200, 150]], ids=["one segment", "two segments"])
-def test_questions_on_a_document(case: str, turns: list[int]) -> None:
+@pytest.mark.parametrize("least_shared", [1, 10**9], ids=["union", "own"])
+def test_questions_on_a_document(case: str, turns: list[int], least_shared: int, monkeypatch) -> None:
+    monkeypatch.setattr(shared_decode, "LEAST_SHARED", least_shared)
     setting = Setting(**{"config": CONFIG, **SETTINGS[case]})
     sequences = forks(setting, turns, [3, 9, 1, 9])
     assert compare(setting, sequences) == 1
@@ -79,6 +81,16 @@ def test_a_part_takes_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compare(setting, sequences) == 2  # two, two, and one by itself
     monkeypatch.setattr(shared_decode, "LARGEST_PART", 1)
     assert compare(setting, sequences) == 0
+
+
+def test_logits_of_many_queries_and_many_keys_are_bounded() -> None:
+    sequences = forks(Setting(config=CONFIG), [300], [1] * 5)
+    sizes = shared_decode._common_sizes(sequences, torch.device("cpu"))
+    assert sizes is not None
+    most = shared_decode.LARGEST_PART * shared_decode.LEAST_SHARED
+    num_heads = most // (9 * 4 * sizes.num_candidates * CONFIG.chunk_size)  # three by three
+    parts = shared_decode._in_parts([*range(5)], sequences, sizes, num_heads)
+    assert parts == [[0, 1, 2], [3, 4]]
 
 
 def test_chunks_that_stay_resident_are_each_sequences_own() -> None:
