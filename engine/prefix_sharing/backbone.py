@@ -235,6 +235,9 @@ def _tree_of(
         name.startswith(("pixel", "image", "video", "audio")) for name, given in kwargs.items() if given is not None
     ):
         return None, "it has images, video or audio"
+    embedding = sharing.model.get_input_embeddings()
+    if embedding.training and getattr(embedding, "neftune_noise_alpha", None):
+        return None, "NEFTune scales its noise by the columns of the batch"
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         return None, "its mask is not [rows, columns]"
     try:

@@ -98,6 +98,11 @@ class _PackedMicroBatches(_SharingTrainer):
             )
         if getattr(trainer, "_is_vision_dataset", False):
             raise ValueError("packing_tokens does not cut batches with images: leave it out")
+        if trainer.args.neftune_noise_alpha is not None:
+            raise ValueError(
+                "packing_tokens counts shared prefixes once, and NEFTune's noise keeps them from being shared: leave "
+                "out packing_tokens or neftune_noise_alpha"
+            )
         if getattr(trainer, "aux_loss_enabled", False):
             logger.warning("packing: the experts' load balance is counted over each micro-batch, not the whole batch")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 from longshadow import share_prefixes
 from longshadow.engine.prefix_sharing import disable_prefix_sharing, enable_prefix_sharing, interface
@@ -144,6 +145,29 @@ def test_rows_that_share_nothing_run_the_ordinary_way(caplog: pytest.LogCaptureF
             model(ids, attention_mask=mask)
     assert report.reasons == {"it has fewer than 1.1 padded tokens per distinct token": 3}
     assert caplog.text.count("runs the ordinary way") == 1, "the reason is told once"
+
+
+def test_neftune_keeps_the_scale_of_its_noise() -> None:
+    """It divides by the columns of what is embedded, which a tree has more of than the batch."""
+    model = tiny_model("llama").train()
+    ids, mask = pad(pairs())
+
+    def run() -> torch.Tensor:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return model(ids, attention_mask=mask).logits
+
+    handle = activate_neftune(model, 5.0)
+    expected = run()
+    with share_prefixes(model) as report:
+        assert torch.equal(run(), expected)
+        assert report.reasons == {"NEFTune scales its noise by the columns of the batch": 1}
+        model.eval()
+        run()
+        model.train()
+        deactivate_neftune(model, handle)
+        run()
+    assert (report.shared_batches, report.ordinary_batches) == (2, 1)
 
 
 def test_the_first_batch_is_compared_with_the_ordinary_path(monkeypatch: pytest.MonkeyPatch) -> None:

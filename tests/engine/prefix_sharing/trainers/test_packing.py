@@ -110,3 +110,16 @@ def test_losses_of_a_batch_are_refused(tokenizer: Any, preferences: Any, tmp_pat
             loss_type=[loss],
             options={"packing_tokens": 100},
         )
+
+
+@pytest.mark.slow
+def test_noise_that_prevents_sharing_is_refused(tokenizer: Any, preferences: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="NEFTune"):
+        train_pairs(
+            tokenizer,
+            preferences,
+            tmp_path,
+            trainer_class=PrefixSharingDPOTrainer,
+            neftune_noise_alpha=5.0,
+            options={"packing_tokens": 100},
+        )
