@@ -65,6 +65,11 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     return blocks
 
 
+def compensated_blocks(model: nn.Module, *, head: bool) -> list[nn.Module]:
+    """The blocks, and the head as one more where it is to be compensated, too. Raises ValueError as either does."""
+    return [*decoder_blocks(model), *([Head(model)] if head else [])]
+
+
 @torch.no_grad()
 def first_inputs(model: nn.Module, samples: torch.Tensor) -> HiddenStates:
     """What the first block is given for token blocks [samples, length]; nothing after it runs."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,13 +18,16 @@ from longshadow.compress.calibration import Splits, read_documents, split_blocks
 from longshadow.compress.criterion import Method
 from longshadow.compress.evaluation import ORIGINAL, Quality, Variant, difference, qualities
 from longshadow.compress.fingerprint import model_fingerprint
+from longshadow.compress.matching import head_is_changed
 from longshadow.compress.options import CompensationOptions
 from longshadow.compress.pipeline import Compensation, compensate
-from longshadow.compress.planning import layer_shapes, num_layer_weights, plan_compensation
+from longshadow.compress.planning import layer_shapes, plan_compensation
 from longshadow.compress.report import report_files
 from longshadow.compress.shards import Shards
 from longshadow.compress.storage import is_plain
 from longshadow.models import LoadedModel, load_model
+
+logger = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int, str, str], None]  # steps that are done, of how many, of what work, and what a step is
 
@@ -51,13 +55,16 @@ def run_compensation(
     check_models(first, second)
     splits = split_blocks(first.tokenizer, documents, length=options.sequence_length, samples=options.num_samples)
     splits = splits.to(second.model.device)
+    head = options.lm_head and head_is_changed(first.model, second.model)
+    if options.lm_head and not head:
+        logger.warning("--lm-head: %s has the head of %s, which is left as it is", quantized, original)
     key = run_key(original, quantized, options, splits)
     shards = {
         method: Shards(output.with_name(f".{output.name}.{method}.unfinished"), key) for method in options.methods
     }
     try:
         tried = {
-            method: _compensated(first, second, splits.calibration, options, method, shards[method], on_step)
+            method: _compensated(first, second, splits.calibration, options, method, head, shards[method], on_step)
             for method in options.methods
         }
     except ValueError:
@@ -81,7 +88,7 @@ def run_compensation(
         "sequence_length": options.sequence_length,
         "propagate": options.propagate,
         "adapter_bytes": result.num_weights * options.dtype.itemsize,
-        "bits_per_weight": 8 * result.num_weights * options.dtype.itemsize / num_layer_weights(second.model),
+        "bits_per_weight": 8 * result.num_weights * options.dtype.itemsize / result.num_compensated_weights,
         "left_out": None if result.left_out is None else asdict(result.left_out),
         "versions": {"longshadow": __version__, "torch": torch.__version__},
         "report": measured(first.model, second.model, result, splits.report, _counter(on_step, "measuring")),
@@ -99,10 +106,11 @@ def _compensated(
     samples: torch.Tensor,
     options: CompensationOptions,
     method: Method,
+    head: bool,
     shards: Shards,
     on_step: OnStep | None,
 ) -> Compensation:
-    rank, budget = options.rank_or_budget(layer_shapes(quantized.model))
+    rank, budget = options.rank_or_budget(layer_shapes(quantized.model, head=head))
     label = f"compensating, {method}" if len(options.methods) > 1 else "compensating"
     result = compensate(
         original.model,
@@ -114,7 +122,7 @@ def _compensated(
         method=method,
         shrinkage=options.shrinkage,
         propagate=options.propagate,
-        head=options.lm_head,
+        head=head,
         dtype=options.dtype,
         shards=shards,
         on_block=_counter(on_step, label, "layer"),

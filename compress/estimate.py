@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from longshadow.compress import krylov
-from longshadow.compress.blocks import decoder_blocks, layer_shape, linear_layers
+from longshadow.compress.blocks import compensated_blocks, layer_shape, linear_layers
 from longshadow.compress.criterion import Method
 from longshadow.compress.pipeline import SENSITIVITY_SAMPLES
 from longshadow.compress.ranks import GAIN_SAMPLES
@@ -81,6 +81,7 @@ def estimated(
     budget: int | None,
     adapter_itemsize: int,
     methods: Sequence[Method],
+    head: bool,
     original_on_disk: bool,
     speed: Speed,
 ) -> Estimate:
@@ -92,16 +93,20 @@ def estimated(
         itemsize: of the original's weights and of hidden states, in memory.
         rank, budget: one of them; of the adapter.
         methods: that are tried.
+        head: whether it is compensated, too, as one more block.
         original_on_disk: whether the original stays there but for the block at hand.
     """
-    blocks = [[layer_shape(layer) for layer in linear_layers(block).values()] for block in decoder_blocks(model)]
+    blocks = [
+        [layer_shape(layer) for layer in linear_layers(block).values()]
+        for block in compensated_blocks(model, head=head)
+    ]
     weights = sum(parameter.numel() for parameter in model.parameters())
     largest = max(sum(m * n for m, n in shapes) for shapes in blocks)
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     tokens, hidden = num_samples * length, int(config.hidden_size)
     adapter = budget if budget is not None else sum((m + n) * min(rank or 0, m, n) for it in blocks for m, n in it)
     in_blocks = sum(m * n for shapes in blocks for m, n in shapes)
-    head = hidden * int(config.vocab_size)
+    in_head = 0 if head else hidden * int(config.vocab_size)  # where it is not among the blocks
     forward = 2 * in_blocks * tokens
     passes = 3 + (min(1, GAIN_SAMPLES / num_samples) if budget is not None else 0)
     num_methods, weighed = len(methods), min(num_samples, SENSITIVITY_SAMPLES) if "fisher" in methods else 0
@@ -109,9 +114,9 @@ def estimated(
     # A third as many tokens as for calibration, by the original, the quantised model, and that with the adapter; to
     # choose a method, as many again, by the original and by each compensation.
     runs = 3 + (1 + num_methods if num_methods > 1 else 0)
-    measuring = runs * 2 * (in_blocks + head) * tokens / 3
+    measuring = runs * 2 * (in_blocks + in_head) * tokens / 3
     # Forward twice and back once, as far as inputs.
-    weighing = 3 * 2 * (in_blocks + head) * weighed * length
+    weighing = 3 * 2 * (in_blocks + in_head) * weighed * length
     logits = 4 * length * int(config.vocab_size) * FP32
     activations = 2 * length * max(sum(m + n for m, n in shapes) for shapes in blocks)
     solving = sum(_solver_operations(m, n, rank) for it in blocks for m, n in it)

@@ -71,6 +71,16 @@ def stages_of(original: nn.Module, quantized: nn.Module, *, head: bool) -> list[
     return stages
 
 
+def head_is_changed(original: nn.Module, quantized: nn.Module) -> bool:
+    """Whether quantisation changed the head's weight; many quantisers leave it as it is.
+
+    Raises ValueError for a model whose head cannot be compensated.
+    """
+    given, changed = Head(original).head, Head(quantized).head
+    with align_module_device(given):
+        return not torch.equal(weight_of(given), weight_of(changed))
+
+
 def _check_layers(block: nn.Module, other: nn.Module, name: str) -> None:
     given, changed = (
         {below: layer_shape(layer) for below, layer in linear_layers(it).items()} for it in (block, other)

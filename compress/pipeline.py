@@ -47,6 +47,11 @@ class Compensation:
         """Of all factors."""
         return sum(factors.lora_a.numel() + factors.lora_b.numel() for factors in self.factors.values())
 
+    @property
+    def num_compensated_weights(self) -> int:
+        """Of the layers that the factors are for."""
+        return sum(len(factors.lora_b) * factors.lora_a.shape[1] for factors in self.factors.values())
+
 
 @torch.no_grad()
 def compensate(

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import nn
 
-from longshadow.compress.blocks import decoder_blocks, layer_shape, linear_layers
+from longshadow.compress.blocks import compensated_blocks, layer_shape, linear_layers
 from longshadow.compress.estimate import Estimate, Speed, estimated
 from longshadow.compress.options import CompensationOptions
 from longshadow.model_sources import DENSE, GGUF_SUFFIX, model_files, quantization_method, read_config
@@ -74,12 +74,11 @@ def expected_plans(
     dense = sum(parameter.numel() for parameter in model.parameters()) * itemsize
     is_packed = quantization_method(read_config(quantized)) != DENSE
     quantized_bytes = sum(path.stat().st_size for path in model_files(quantized)) if is_packed else dense
-    shapes = layer_shapes(model)
     # A GGUF file is always read whole.
     can_stay_on_disk = not original.lower().endswith(GGUF_SUFFIX)
 
     def plan_of(chosen: CompensationOptions, on_disk: bool) -> Plan:
-        rank, budget = chosen.rank_or_budget(shapes)
+        rank, budget = chosen.rank_or_budget(layer_shapes(model, head=chosen.lm_head))
         estimate = estimated(
             model,
             quantized_bytes=quantized_bytes,
@@ -90,6 +89,7 @@ def expected_plans(
             budget=budget,
             adapter_itemsize=chosen.dtype.itemsize,
             methods=chosen.methods,
+            head=chosen.lm_head,
             original_on_disk=on_disk,
             speed=speed,
         )
@@ -113,9 +113,10 @@ def require_room(folder: Path, num_bytes: int) -> None:
         )
 
 
-def layer_shapes(model: nn.Module) -> list[tuple[int, int]]:
-    """(m, n) of all linear layers in the blocks."""
-    return [layer_shape(layer) for block in decoder_blocks(model) for layer in linear_layers(block).values()]
+def layer_shapes(model: nn.Module, *, head: bool = False) -> list[tuple[int, int]]:
+    """(m, n) of all linear layers in the blocks, and of the head where it is asked for."""
+    blocks = compensated_blocks(model, head=head)
+    return [layer_shape(layer) for block in blocks for layer in linear_layers(block).values()]
 
 
 def num_layer_weights(model: nn.Module) -> int:

@@ -13,9 +13,10 @@ from longshadow.cli import app
 from longshadow.compress.command import run_compensation
 from longshadow.compress.evaluation import Variant, qualities
 from longshadow.compress.options import CompensationOptions
+from longshadow.compress.planning import layer_shapes
 from longshadow.compress.shards import Shards
-from tests.compress.test_pipeline import round_to_nearest
-from tests.tiny_models import tiny_model, tiny_tokenizer, write_folder
+from tests.compress.test_pipeline import round_to_nearest, with_rounded_head
+from tests.tiny_models import HIDDEN, TOKENS, tiny_model, tiny_tokenizer, write_folder
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,23 @@ def test_a_bar_on_a_terminal(models: tuple[Path, Path], tmp_path: Path, monkeypa
     assert "compensating" in result.stderr and "measuring" in result.stderr
     assert "layer 0/?" in result.stderr and "sample 3/3" in result.stderr
     assert json.loads(result.stdout), "the bar does not go to stdout"
+
+
+def test_the_head(models: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is planned for, and counted among what is compensated; where quantisation left it, a warning says so."""
+    original = models[0]
+    with_rounded_head(round_to_nearest(tiny_model())).save_pretrained(tmp_path / "quantized")
+    tiny_tokenizer().save_pretrained(tmp_path / "quantized")
+    bits = ("--budget-bpw", "12", "--uniform-rank", "--lm-head", "--json")
+    planned = json.loads(run(original, tmp_path / "quantized", tmp_path / "dry", *bits, "--dry-run").stdout)
+    report = json.loads(run(original, tmp_path / "quantized", tmp_path / "whole", *bits).stdout)
+    num_weights = len(TOKENS) * HIDDEN + sum(m * n for m, n in layer_shapes(tiny_model()))
+    assert "lm_head" in report["layers"] and not caplog.text
+    assert report["bits_per_weight"] == pytest.approx(8 * report["adapter_bytes"] / num_weights)
+    assert report["bits_per_weight"] <= 12 and report["adapter_bytes"] <= planned["adapter"] == num_weights * 12 // 8
+    left = json.loads(run(*models, tmp_path / "left", *bits).stdout)
+    assert "lm_head" not in left["layers"] and left["bits_per_weight"] <= 12
+    assert "--lm-head: " in caplog.text and "which is left as it is" in caplog.text
 
 
 def test_files_for_people(models: tuple[Path, Path], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from longshadow.compress.criterion import METHODS
 from longshadow.compress.estimate import Speed, estimated
 from longshadow.compress.rounding import RoundToNearest, finest_rounding
 from longshadow.compress.storage import stored_bits_per_weight
-from tests.compress.test_pipeline import round_to_nearest
+from tests.compress.test_pipeline import round_to_nearest, with_rounded_head
 from tests.tiny_models import tiny_model
 
 SPEED = Speed(fp32=1e9, fp64=1e9)
@@ -24,6 +24,7 @@ def estimate_of(model: torch.nn.Module, **changes: object) -> object:
         budget=None,
         adapter_itemsize=2,
         methods=("eora",),
+        head=False,
         original_on_disk=False,
         speed=SPEED,
     )
@@ -39,6 +40,15 @@ def test_sizes_are_those_of_the_model(samples: torch.Tensor) -> None:
     assert estimate.adapter == 2 * result.num_weights
     assert estimate_of(model, rank=None, budget=500).adapter == 1000
     assert estimate.memory >= estimate.quantized + estimate.original + estimate.states
+
+
+def test_the_head_is_counted(samples: torch.Tensor) -> None:
+    model = tiny_model()
+    plain, estimate = estimate_of(model), estimate_of(model, head=True)
+    quantized = with_rounded_head(round_to_nearest(model))
+    assert estimate.adapter == 2 * compensate(model, quantized, samples, rank=8, head=True).num_weights
+    assert estimate.adapter - plain.adapter == 2 * 8 * (model.config.vocab_size + model.config.hidden_size)
+    assert estimate.block > plain.block and estimate.seconds > plain.seconds
 
 
 def test_more_work_takes_more() -> None:
