@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 from longshadow.engine.runtime.shapes import LayerShape
 
@@ -17,9 +16,8 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=model.device)
     with torch.inference_mode():
         model(input_ids=ids, past_key_values=cache, use_cache=True)
-    _, arguments = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
     shapes = []
-    for layer, argument in zip(cache.layers, arguments, strict=True):
+    for layer in cache.layers:
         held: Any = layer
         shapes.append(
             LayerShape(
@@ -27,7 +25,7 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
                 key_dim=held.keys.shape[3],
                 value_dim=held.values.shape[3],
                 itemsize=held.keys.itemsize,
-                window=argument.get("sliding_window"),
+                window=held.sliding_window if held.is_sliding else None,
             )
         )
     return shapes

@@ -66,12 +66,12 @@ class RotaryAngles:
 
 
 def _per_pair(angles: torch.Tensor, layout: RotaryLayout) -> torch.Tensor:
-    """Drops the second copy of each pair's entry, where a family keeps two, side by side or by halves."""
+    """Drops the second copy of each pair's entry, where a family keeps two, side by side or by halves; contiguous."""
     num_pairs = layout.rotary_dim // 2
     if angles.shape[-1] == num_pairs:
-        return angles
+        return angles.contiguous()
     by_halves = torch.equal(angles[..., :num_pairs], angles[..., num_pairs:])
-    return angles[..., :num_pairs] if by_halves else angles[..., 0::2]
+    return (angles[..., :num_pairs] if by_halves else angles[..., 0::2]).contiguous()
 
 
 def describe_attention(model: PreTrainedModel) -> tuple[list[AttentionLayer | None], RotaryAngles]:
