@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from bench.baselines.fixed_cache import SDPA
 from bench.record import Check
-from bench.synthetic_decoding import SegmentPool, Setting, filled_cache, full_step, position_of
+from bench.synthetic_decoding import SegmentPool, Setting, expect_captured, filled_cache, full_step, position_of
 from longshadow.engine.ops.backend import REFERENCE
 from longshadow.engine.shadowkv import DecodeGraphs
 
@@ -76,5 +76,6 @@ def _shadowkv_logits(setting: Setting, model: LlamaForCausalLM, placement: str, 
                 logits = model(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True).logits
             else:
                 logits = graphs.step(ids, position)
+                expect_captured(graphs, model)
             found.append(logits.clone())
     return torch.stack(found)

@@ -161,11 +161,18 @@ def shadowkv_step(model: LlamaForCausalLM, cache: ShadowKVCache, context: int) -
 
     def step() -> torch.Tensor:
         logits = graphs.step(ids, position)
+        expect_captured(graphs, model)
         ids.copy_(logits.argmax(-1))
         position.add_(1)
         return logits
 
     return step
+
+
+def expect_captured(graphs: DecodeGraphs, model: LlamaForCausalLM) -> None:
+    """Raises RuntimeError for a step that a GPU ran without a graph: its time would stand for something else."""
+    if model.device.type == "cuda" and not graphs.num_graphs:
+        raise RuntimeError("the decoding step was not captured in a CUDA graph; the warning above says why")
 
 
 def full_step(setting: Setting, model: LlamaForCausalLM, context: int, batch_size: int, implementation: str) -> Step:

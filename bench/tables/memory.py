@@ -22,8 +22,8 @@ RANK = 160
 FULL, BF16, INT8 = "full cache, bf16", "ShadowKV, bf16", "ShadowKV, int8 factors and landmarks"
 # What does not grow with the context: the budget's resident slots, outlier and sink chunks, recent tokens, basis.
 FIXED_PARTS = ("resident", "exact chunks", "tail", "basis", "query energy")
-# One rotation serves all layers of a sequence.
-SHARED_PARTS = ("rotation",)
+# One rotation serves all layers of a sequence, one scratch memory all layers of a batch.
+SHARED_PARTS = ("rotation", "decode step")
 
 
 @dataclass(frozen=True, kw_only=True)

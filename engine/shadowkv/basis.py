@@ -82,10 +82,10 @@ class GramAccumulator:
 
         Eckart-Young on w keys, through its eigendecomposition. Exactly one of `rank` and `rank_energy` (the smallest
         rank that keeps that share of |w keys|^2). `iterative`: for a given rank a subspace iteration instead, which
-        keeps the same energy within 0.1 % in products a GPU is good at; None: on a GPU.
+        keeps the same energy within 0.1 % in products a GPU is good at; None: on a GPU, where something is left out.
         """
         if iterative is None:
-            iterative = rank is not None and self._gram.device.type == "cuda"
+            iterative = rank is not None and rank < len(self._gram) and self._gram.device.type == "cuda"
         mean = self._sum / self.num_tokens if center else torch.zeros_like(self._sum)
         weighted = self._gram * torch.outer(self._weights, self._weights)
         weighted_mean = mean * self._weights

@@ -76,6 +76,8 @@ class GraphedForward:
             # Other threads may allocate meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 logits = self._forward(self._ids, self._positions)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             self._captures = False
             logger.warning_once(
