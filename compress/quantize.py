@@ -38,7 +38,7 @@ def quantize_model(original: str, scheme: str, folder: Path, *, dtype: torch.dty
             f"{folder} holds something already, quantised otherwise or before the original changed: remove it, or "
             "choose another folder"
         )
-    config = None if scheme == "2:4" else quantization_config(scheme)
+    config = quantization_config(scheme)
     require_room(folder, _num_bytes(original, scheme, dtype))
     with whole_folder(folder) as partial:
         loaded = load_model(original, dtype=dtype, device="cpu", quantization_config=config)
@@ -51,7 +51,12 @@ def quantize_model(original: str, scheme: str, folder: Path, *, dtype: torch.dty
 
 
 def quantization_config(scheme: str) -> Any:
-    """What transformers is told. Raises ValueError for an unknown scheme or a library that is not installed."""
+    """What transformers is told; None for "2:4".
+
+    Raises ValueError for an unknown scheme or a library that is not installed.
+    """
+    if scheme == "2:4":
+        return None
     found = re.fullmatch(r"int([2348]):g(\d+)", scheme)
     if scheme != "nf4" and not found:
         raise ValueError(f"--quantize takes {SCHEMES}, got {scheme!r}")

@@ -139,6 +139,22 @@ def test_mistakes(adapter: Path, tmp_path: Path) -> None:
     assert isinstance(run("inspect", tmp_path / "none", "--debug").exception, ValueError)
 
 
+def test_options_that_would_change_nothing(adapter: Path, tmp_path: Path) -> None:
+    models = ("--original", tmp_path / "none", "--quantized", tmp_path / "none")
+    padded = ("export", adapter, "--to", "padded", "--output", tmp_path / "out")
+    cases = [
+        (run("inspect", adapter, "--device", "cpu"), "--device goes with --original"),
+        (run("inspect", adapter, "--max-memory", "8GB"), "--max-memory goes with --original"),
+        (run("verify", adapter, "--dtype", "float32"), "--dtype goes with --base"),
+        (run("verify", adapter, "--device", "cpu"), "--device goes with --base"),
+        (run("evaluate", adapter, *models, "--tasks-limit", "5"), "--tasks-limit goes with --tasks"),
+        (run(*padded, "--base", tmp_path / "none"), "--base goes with gguf and merged"),
+    ]
+    for result, message in cases:
+        assert message in error_of(result)
+    assert not (tmp_path / "out").exists()
+
+
 def test_generate_with_an_adapter(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     layers = factors_for(tiny_model(), ranks=(8,))
     write_lora(tmp_path / "lora", layers, lora_alpha=12)

@@ -62,8 +62,8 @@ def inspect(
             else:
                 print_inspection(inspection)
             return
-        if max_memory is not None:
-            raise ValueError("--max-memory goes with --original: an adapter's own files are small")
+        reason = "goes with --original: an adapter's own files are small"
+        _refuse({"--max-memory": max_memory, "--device": device}, reason)
         from longshadow.compress.adapters.description import describe
         from longshadow.compress.adapters.reading import read_adapter
         from longshadow.compress.adapters.tables import print_description
@@ -93,6 +93,8 @@ def verify(
     """
     with user_errors(debug):
         log_to_stderr()
+        if base is None:
+            _refuse({"--dtype": dtype, "--device": device}, "goes with --base: without, no model is loaded")
         from longshadow.compress.adapters.bases import read_base
         from longshadow.compress.adapters.comparison import require_peft
         from longshadow.compress.adapters.reading import read_adapter
@@ -137,6 +139,8 @@ def evaluate(
     """Measure what an adapter is worth on unseen text, beside the same bytes spent on more bits."""
     with user_errors(debug):
         log_to_stderr()
+        if tasks is None:
+            _refuse({"--tasks-limit": tasks_limit}, "goes with --tasks: without, no benchmark is run")
         from longshadow.compress.adapters.evaluation import EvaluationText, evaluate_on_text, load_subject
         from longshadow.compress.adapters.tables import print_evaluation
         from longshadow.compress.adapters.tasks import Harness, Tasks
@@ -205,6 +209,8 @@ def export(
     """Write an adapter in another form. Where --base is left out, it is the one that the adapter names."""
     with user_errors(debug):
         log_to_stderr()
+        if to is Format.padded:
+            _refuse({"--base": base}, "goes with gguf and merged: padding needs the adapter alone")
         from longshadow.compress.adapters.reading import read_adapter
         from longshadow.report import format_bytes
 
@@ -227,3 +233,10 @@ def export(
         else:
             size = format_bytes(exported.num_bytes)
             print(f"{exported.output}: {exported.layers} layers, {size} in {exported.dtype}; {exported.detail}")
+
+
+def _refuse(options: dict[str, object], reason: str) -> None:
+    """Raises ValueError for the first of the options that was given."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name} {reason}")

@@ -109,6 +109,10 @@ def compensate(
             dtype=getattr(torch, dtype.value),
             max_memory=None if max_memory is None else parse_bytes(max_memory),
         )
+        if quantize is not None:
+            from longshadow.compress.quantize import quantization_config, quantize_model
+
+            quantization_config(quantize)  # raises for what cannot be made
         if quantize is not None or dry_run:
             present = quantized if quantize is None else original  # of the size of what is yet to be made, at least
             plan = plan_compensation(original, present, output, options, device=device)
@@ -119,8 +123,6 @@ def compensate(
                 print_plan(plan)
             return
         if quantize is not None:
-            from longshadow.compress.quantize import quantize_model
-
             quantize_model(original, quantize, Path(quantized))
         with LayerBar("compensating") as bar:
             report = run_compensation(original, quantized, output, options, device=device, on_step=bar.update)
