@@ -34,7 +34,8 @@ class SharingReport:
     """What sharing did since it was enabled.
 
     Attributes:
-        shared_batches, ordinary_batches: forwards that went each way.
+        shared_batches, ordinary_batches: forwards that went each way. Those of generation, which fill or continue a
+            cache, are neither.
         padded_tokens, real_tokens, unique_tokens: of the shared batches; real ones are no padding, and padded over
             unique is how much less the backbone had to compute.
         reasons: why forwards went the ordinary way, and how often.
@@ -181,10 +182,8 @@ def _shared_forward(
     labelled: torch.Tensor | None = kwargs.pop(LABELLED, None)
     tree, reason = _tree_of(sharing, input_ids, attention_mask, kwargs)
     if tree is None:
-        if reason not in sharing.report.reasons:
-            logger.warning("prefix sharing: a batch runs the ordinary way, %s", reason)
-        sharing.report.reasons[reason] = sharing.report.reasons.get(reason, 0) + 1
-        sharing.report.ordinary_batches += 1
+        if reason is not None:
+            _count_ordinary(sharing.report, reason)
         output = sharing.forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if labelled is not None:
             output.last_hidden_state = _one_row(output.last_hidden_state[labelled])
@@ -212,6 +211,13 @@ def _shared_forward(
     return _run_tree(sharing, tree, labelled, kwargs)
 
 
+def _count_ordinary(report: SharingReport, reason: str) -> None:
+    if reason not in report.reasons:
+        logger.warning("prefix sharing: a batch runs the ordinary way, %s", reason)
+    report.reasons[reason] = report.reasons.get(reason, 0) + 1
+    report.ordinary_batches += 1
+
+
 def _has_dropout(backbone: nn.Module) -> bool:
     rates = (getattr(module, "attention_dropout", 0) for module in backbone.modules() if module.training)
     layers = (module.p for module in backbone.modules() if isinstance(module, nn.Dropout) and module.training)
@@ -220,12 +226,12 @@ def _has_dropout(backbone: nn.Module) -> bool:
 
 def _tree_of(
     sharing: _Sharing, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]
-) -> tuple[PrefixTree | None, str]:
-    """The tree of a batch, or the reason why it runs the ordinary way."""
+) -> tuple[PrefixTree | None, str | None]:
+    """The tree of a batch, or the reason why it runs the ordinary way; neither for generation."""
+    if kwargs.get("past_key_values") is not None or (kwargs.get("use_cache") and not torch.is_grad_enabled()):
+        return None, None
     if input_ids is None or kwargs.get("inputs_embeds") is not None:
         return None, "it comes as embeddings"
-    if kwargs.get("past_key_values") is not None or (kwargs.get("use_cache") and not torch.is_grad_enabled()):
-        return None, "it fills or continues a cache"
     if kwargs.get("position_ids") is not None:
         return None, "it brings its own position_ids"
     for name in ("output_attentions", "output_hidden_states"):
@@ -246,7 +252,7 @@ def _tree_of(
         return None, str(error)
     if tree.token_ratio < sharing.minimum_ratio:
         return None, f"it has fewer than {sharing.minimum_ratio:g} padded tokens per distinct token"
-    return tree, ""
+    return tree, None
 
 
 def _run_tree(sharing: _Sharing, tree: PrefixTree, labelled: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:

@@ -76,7 +76,19 @@ def test_the_models_own_attention_serves_what_is_not_shared(implementation: str)
         assert model.config._attn_implementation == implementation
         assert torch.equal(generated, model.generate(ids[:1], max_new_tokens=3, do_sample=False))
     assert torch.equal(actual, expected)
-    assert report.shared_batches == 0 and len(report.reasons) == 2
+    assert (report.shared_batches, report.ordinary_batches) == (0, 1), report.reasons
+
+
+def test_generation_is_neither_counted_nor_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("llama")
+    ids, mask = pad(pairs(), side="left")
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    with caplog.at_level(logging.WARNING), share_prefixes(model) as report:
+        assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False), expected)
+        assert (report.shared_batches, report.ordinary_batches, report.reasons) == (0, 0, {})
+        model(ids, attention_mask=mask)
+    assert (report.shared_batches, report.ordinary_batches) == (1, 0)
+    assert "the ordinary way" not in caplog.text
 
 
 def test_mixture_of_experts_keeps_its_auxiliary_loss() -> None:

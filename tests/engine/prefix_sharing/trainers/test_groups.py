@@ -23,7 +23,7 @@ def test_groups_are_unchanged(tokenizer: Any, tmp_path: Path, kind: str, group: 
     theirs, ours = KINDS[kind]
     *expected, _ = train_groups(kind, tokenizer, tmp_path, trainer_class=theirs, group=group)
     *actual, trainer = train_groups(kind, tokenizer, tmp_path, trainer_class=ours, group=group)
-    assert trainer.policy_sharing.shared_batches >= STEPS
+    assert trainer.policy_sharing.shared_batches >= STEPS and trainer.policy_sharing.ordinary_batches == 0
     assert trainer.policy_sharing.padded_tokens > group / 3 * trainer.policy_sharing.unique_tokens
     assert_same((actual[0], actual[1]), (expected[0], expected[1]))
 
