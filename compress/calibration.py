@@ -32,7 +32,8 @@ def read_documents(source: str) -> list[str]:
     """Documents of FILE.jsonl (column text), of FILE.txt (paragraphs), of a data set on the Hugging Face hub
     ("hf:NAME" or "hf:NAME:CONFIGURATION", its split train, column text), or those that ship with Python ("builtin").
 
-    Raises ValueError for a file that cannot be read, is empty, or lacks the column, with the line.
+    Raises ValueError for a file that cannot be read, is empty, or lacks the column, with the line, and for a data set
+    without a name, or that cannot be read.
     """
     if source == BUILTIN:
         from pydoc_data.topics import topics
@@ -60,11 +61,13 @@ def read_documents(source: str) -> list[str]:
 
 
 def _hub_documents(name: str) -> list[str]:
+    name, _, configuration = name.partition(":")
+    if not name:
+        raise ValueError(f"{HUB} names no data set: give {HUB}NAME or {HUB}NAME:CONFIGURATION")
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ValueError(f"{HUB}{name} needs the package datasets: pip install 'longshadow[train]'") from error
-    name, _, configuration = name.partition(":")
     documents: list[str] = []
     left = HUB_CHARACTERS
     try:
@@ -77,7 +80,8 @@ def _hub_documents(name: str) -> list[str]:
         raise ValueError(f'the data set {name} has no column "text"') from None
     # The library raises many kinds of errors for a name that is not there.
     except Exception as error:
-        raise ValueError(f"cannot read the data set {name}: {str(error).splitlines()[0]}") from error
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"cannot read the data set {name}: {reason}") from error
     return documents
 
 

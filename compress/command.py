@@ -48,6 +48,7 @@ def run_compensation(
     Raises ValueError as `plan_compensation`, for models that cannot be loaded or do not match, and for a text that is
     too short.
     """
+    output = output.resolve()  # `.` has no name to put another beside
     plan = plan_compensation(original, quantized, output, options, device=device)
     documents = read_documents(options.calibration)
     first = load_model(original, device=device, max_memory=plan.estimate.original if plan.original_on_disk else None)

@@ -32,6 +32,12 @@ def test_bad_files(tmp_path: Path, name: str, content: str, message: str) -> Non
         read_documents(str(tmp_path / "missing.txt"))
 
 
+@pytest.mark.parametrize("source", ["hf:", "hf::en"])
+def test_a_data_set_without_a_name(source: str) -> None:
+    with pytest.raises(ValueError, match="hf: names no data set: give hf:NAME or hf:NAME:CONFIGURATION"):
+        read_documents(source)
+
+
 def test_parts_have_documents_of_their_own() -> None:
     tokenizer = tiny_tokenizer()
     documents = [letter * 50 for letter in "abcdefghij"]

@@ -179,6 +179,17 @@ def test_a_model_that_is_quantised_first(models: tuple[Path, Path], tmp_path: Pa
         assert result.exit_code == 0, result.stderr
 
 
+def test_the_folder_that_it_runs_in(models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    result = run(*models, Path("."), "--rank", "4")
+    monkeypatch.chdir(tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert (here / "adapter_model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
 def test_a_dry_run_writes_nothing(models: tuple[Path, Path], tmp_path: Path) -> None:
     result = run(*models, tmp_path / "adapter", "--dry-run")
     assert result.exit_code == 0 and "memory in all" in result.stdout, result.stderr
