@@ -15,7 +15,7 @@ CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cpp csrc/*.h csrc/*.cuh tests/csrc/*
 
 export PYTHON TORCH_INDEX
 
-.PHONY: demo test test-trl-versions test-formats check release-check evidence extension gpu-check set-up clean
+.PHONY: demo test test-trl-versions test-oldest test-formats check release-check evidence extension gpu-check set-up clean
 
 demo: set-up  ## a question about a long document, with ShadowKV and with full attention
 	$(BIN)/python -m longshadow.demo
@@ -25,6 +25,9 @@ test: set-up  ## the tests; choose some with PYTEST_ARGS="-m 'not slow'"
 
 test-trl-versions: set-up  ## prefix sharing in training with older versions of TRL, too; writes docs/trl_versions.json
 	$(BIN)/python .ci/test-trl-versions
+
+test-oldest: set-up  ## the engine with the oldest transformers that is allowed
+	.ci/test-oldest $(BIN)/python
 
 test-formats: set-up  ## quantised formats, each with its own library; writes docs/formats.json
 	$(BIN)/python .ci/test-formats
