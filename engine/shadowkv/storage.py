@@ -4,6 +4,7 @@ Legend: R rows, g groups of a row that share a scale, w elements of a group, H K
 """
 
 import weakref
+from contextlib import suppress
 from typing import Literal
 
 import torch
@@ -116,6 +117,8 @@ def _pin(owner: object, tensor: torch.Tensor) -> None:
         # Holding the tensor keeps the memory alive until it has been unregistered.
         weakref.finalize(owner, _unpin, tensor)
     else:
+        with suppress(RuntimeError):  # the failure is CUDA's last error, too, which the next launch would raise
+            torch.zeros(1, device="cuda")
         logger.warning_once("host memory could not be pinned: values stay in pageable memory, and decoding is slower")
 
 
