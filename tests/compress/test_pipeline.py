@@ -9,9 +9,12 @@ import torch
 from torch import nn
 
 from longshadow import compensate
-from longshadow.compress.adapters.files import save_adapter
+from longshadow.compress import save_adapter
+from longshadow.compress.adapters.reading import read_adapter
 from longshadow.compress.blocks import decoder_blocks, linear_layers
 from tests.tiny_models import tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def round_to_nearest(model: nn.Module, *, bits: int = 2, group: int = 16) -> nn.Module:
@@ -58,6 +61,18 @@ def test_full_rank_is_the_original(samples: torch.Tensor, propagate: Any) -> Non
     torch.testing.assert_close(merged(samples).logits, original(samples).logits, rtol=0, atol=1e-4)
     assert len(result.factors) == 2 * 7
     assert all(layer.after < 1e-6 < layer.before for layer in result.layers.values())
+
+
+def test_the_example_of_the_readme(samples: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs as it stands, and leaves an adapter with the factors that it found."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Compensate a quantised model")[2]
+    code = section.partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {"original": tiny_model(), "quantized": round_to_nearest(tiny_model()), "samples": samples}
+    monkeypatch.chdir(tmp_path)
+    exec(code, names)
+    saved, result = read_adapter(tmp_path / "adapter"), names["result"]
+    assert saved.base_model == "QUANTIZED" and set(saved.layers) == result.factors.keys()
+    assert len(result.factors) == 14 and saved.rank == 32
 
 
 def test_more_ranks_leave_less(samples: torch.Tensor) -> None:
