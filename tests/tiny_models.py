@@ -1,11 +1,15 @@
 """A random two-layer Llama over bytes, as a model folder and as a GGUF file, written in a moment."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import pytest
 import torch
-from gguf import GGUFWriter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
 END = "<|end|>"
 MAX_POSITIONS = 4096
@@ -55,8 +59,8 @@ def tiny_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
 
 
 def write_gguf(path: Path, *, architecture: str = "llama") -> Path:
-    """The same model as a GGUF file; with a foreign `architecture`, its header alone."""
-    writer = GGUFWriter(path, architecture)
+    """The same model as a GGUF file; with a foreign `architecture`, its header alone. Skips without gguf."""
+    writer: GGUFWriter = pytest.importorskip("gguf").GGUFWriter(path, architecture)
     writer.add_block_count(NUM_LAYERS)
     if architecture == "llama":
         _add_llama(writer)
@@ -67,7 +71,7 @@ def write_gguf(path: Path, *, architecture: str = "llama") -> Path:
     return path
 
 
-def _add_llama(writer: GGUFWriter) -> None:
+def _add_llama(writer: "GGUFWriter") -> None:
     writer.add_context_length(MAX_POSITIONS)
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(2 * HIDDEN)

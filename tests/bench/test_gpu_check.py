@@ -1,5 +1,9 @@
-"""The step machinery of gpu_check, with steps that need no GPU."""
+"""The step machinery of gpu_check, with steps that need no GPU, and what can be said of the real ones without."""
 
+import os
+import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -9,6 +13,9 @@ from bench import gpu_check
 from bench.gpu_check import RESULTS, STEPS, Step, read_results, run_steps
 from bench.revision import REPOSITORY
 from bench.table import load_table
+
+# What a machine for the check need not have, beyond what the steps say.
+OTHERS = ("datasets", "fastapi", "gguf", "hypothesis", "matplotlib", "openai", "setuptools", "trl", "typer", "uvicorn")
 
 
 def python_step(name, code, **changes):
@@ -118,7 +125,9 @@ def test_an_unknown_step_is_said_without_cuda_too(monkeypatch, capsys):
 def test_the_real_steps():
     names = [step.name for step in STEPS]
     assert len(set(names)) == len(names) and gpu_check.STEP_SECONDS <= 480
-    assert names[0] == "extension" and "tests" in names
+    assert names[:5] == ["extension", "tests", "ops_gpu", "decode_gpu", "prefill_gpu"]
+    slow = [name for name in names if name.startswith("memcheck_")]
+    assert slow and names[-len(slow) :] == slow
     for step in STEPS:
         for argument in step.arguments:
             if argument.startswith("tests/"):
@@ -127,3 +136,37 @@ def test_the_real_steps():
             assert "cuda" in load_table(step.arguments[3]).configs
     operators = {path.parent.name for path in (REPOSITORY / "engine" / "ops").glob("*/reference.py")}
     assert operators <= {name for names in gpu_check.OPERATOR_TESTS.values() for name in names}
+
+
+def files_of(step):
+    return [argument for argument in step.arguments if argument.startswith("tests/")]
+
+
+def test_every_test_for_a_gpu_is_in_a_step():
+    marked = {
+        str(path.relative_to(REPOSITORY))
+        for path in (REPOSITORY / "tests").rglob("test_*.py")
+        if re.search(r"^(@|pytestmark = )pytest\.mark\.gpu", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert len(marked) > 5
+    assert marked <= {path for step in STEPS if not step.tool_options for path in files_of(step)}
+
+
+@pytest.mark.parametrize("names", [["tests"], ["decoding"], [f"operators_{part}" for part in gpu_check.OPERATOR_TESTS]])
+def test_steps_collect_their_tests_with_no_more_than_they_say(names):
+    """The other libraries are hidden. Pytest's status is 0 only if every file is imported; each holds tests."""
+    steps = [step for step in STEPS if step.name in names]
+    files = [path for step in steps for path in files_of(step)]
+    [modules] = {tuple(step.modules) for step in steps}
+    options = {step.arguments[3 : -len(files_of(step))] for step in steps}
+    hidden = {name: None for name in OTHERS if name not in modules}
+    code = f"import sys; sys.modules.update({hidden}); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-q", "--collect-only", *options.pop(), *files],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": "src", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line} == set(files)

@@ -38,7 +38,7 @@ def test_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> N
             number = GGMLQuantizationType[kind]
             return super().add_tensor(name, quants.quantize(tensor, number), raw_dtype=number)
 
-    monkeypatch.setattr(tiny_models, "GGUFWriter", Rounding)
+    monkeypatch.setattr("gguf.GGUFWriter", Rounding)
     path = tiny_models.write_gguf(tmp_path / "tiny.gguf")
     layer = load_model(str(path), device="cpu").model.get_submodule("model.layers.1.mlp.down_proj")
     [stored] = [tensor for tensor in GGUFReader(path).tensors if tensor.name == "blk.1.ffn_down.weight"]

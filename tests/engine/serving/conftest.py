@@ -6,10 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
-from httpx2 import Client
-from openai import OpenAI
 
 pytest.importorskip("fastapi")
+pytest.importorskip("httpx2")
+pytest.importorskip("openai")
+
+from httpx2 import Client
+from openai import OpenAI
 
 from longshadow.engine.runtime.llm import LLM
 from longshadow.engine.serving.application import make_service
