@@ -14,14 +14,16 @@ from longshadow.engine.shadowkv.rope import RotaryLayout
 from longshadow.engine.shadowkv.step_buffers import Capacity
 from tests.engine.shadowkv.batches import SMALL, Setting, copies, decode_alone, decode_together
 
-CPU = torch.device("cpu")
+# Kernels are interpreted where there is no GPU.
+KERNELS_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Compressed; dense until it is not; of two segments; with a tail that becomes a segment.
 PROMPTS = [[107], [38], [60, 512], [77, 60]]
 NUM_STEPS = 7
 
 
 def make_batch(setting: Setting, backend: str = "reference") -> DecodeBatch:
-    return DecodeBatch(operators(CPU, backend), setting.config, CPU)
+    device = torch.device(setting.device)
+    return DecodeBatch(operators(device, backend), setting.config, device)
 
 
 def compare(setting: Setting, batch: DecodeBatch, prompts: list[list[int]], num_steps: int, tolerance: float) -> None:
@@ -75,7 +77,7 @@ def test_half_precision_follows_within_its_rounding() -> None:
 @pytest.mark.parametrize("candidate_factor", [1, 2])
 def test_kernels_decode_like_the_reference(candidate_factor: float) -> None:
     config = ShadowKVConfig(**SMALL, candidate_factor=candidate_factor, resident_factor=1, value_dtype="int8")
-    setting = Setting(config=config, num_layers=1, num_kv_heads=1)
+    setting = Setting(config=config, num_layers=1, num_kv_heads=1, device=KERNELS_DEVICE)
     compare(setting, make_batch(setting, "triton"), [[60], [39], [50, 30]], 3, 1e-4)
 
 
