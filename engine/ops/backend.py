@@ -94,9 +94,7 @@ def choose_backend(device: torch.device, backend: str | None = None, shapes: Sha
         return _best_backend(device, shapes)
     if chosen not in BACKENDS:
         raise ValueError(f"backend must be one of {AUTO}, {', '.join(BACKENDS)}, got {chosen!r}")
-    reason = why_not(chosen, device, shapes)
-    if reason is not None:
-        raise ValueError(f"backend {chosen!r} cannot run on {device}: {reason}")
+    _check_possible(chosen, device, shapes)
     return chosen
 
 
@@ -136,13 +134,36 @@ def why_not(backend: str, device: torch.device, shapes: Shapes | None = None) ->
 
 @functools.cache
 def implementation(operator: str, backend: str, device: torch.device) -> Implementation:
-    """One operator by a backend that can run on `device`; without a CUDA C++ kernel, by the next that can."""
-    for name in list(BACKENDS)[list(BACKENDS).index(backend) :]:
-        module = f"longshadow.engine.ops.{operator}.{BACKENDS[name]}"
-        if why_not(name, device) is None and importlib.util.find_spec(module) is not None:
-            found: Implementation = getattr(importlib.import_module(module), operator)
+    """One operator by `backend`; where that has no kernel for it, by the next that can run on `device`.
+
+    Raises ValueError, with the reason, where `backend` cannot run on `device`.
+    """
+    _check_possible(backend, device, None)
+    return _find(operator, backend) or next_implementation(operator, backend, device)
+
+
+@functools.cache
+def next_implementation(operator: str, backend: str, device: torch.device) -> Implementation:
+    """One operator by the first backend after `backend` that has it and can run on `device`."""
+    for name in list(BACKENDS)[list(BACKENDS).index(backend) + 1 :]:
+        found = _find(operator, name) if why_not(name, device) is None else None
+        if found is not None:
             return found
     raise AssertionError("every operator has a reference")
+
+
+def _find(operator: str, backend: str) -> Implementation | None:
+    module = f"longshadow.engine.ops.{operator}.{BACKENDS[backend]}"
+    if importlib.util.find_spec(module) is None:
+        return None
+    found: Implementation = getattr(importlib.import_module(module), operator)
+    return found
+
+
+def _check_possible(backend: str, device: torch.device, shapes: Shapes | None) -> None:
+    reason = why_not(backend, device, shapes)
+    if reason is not None:
+        raise ValueError(f"backend {backend!r} cannot run on {device}: {reason}")
 
 
 def _is_interpreted() -> bool:

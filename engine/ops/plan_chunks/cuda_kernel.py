@@ -2,7 +2,7 @@
 
 import torch
 
-from longshadow.engine.ops.backend import implementation
+from longshadow.engine.ops.backend import next_implementation
 
 # Chosen chunks and slots are numbered in 16 bits, and must fit into the shared memory of a block.
 MAXIMUM_SLOTS = 16384
@@ -23,4 +23,4 @@ def plan_chunks(
     if slot_chunks.shape[2] <= MAXIMUM_SLOTS:
         torch.ops.longshadow.plan_chunks_cuda(*arguments)
     else:
-        implementation("plan_chunks", "triton", chosen.device)(*arguments)
+        next_implementation("plan_chunks", "cuda", chosen.device)(*arguments)

@@ -10,13 +10,13 @@ from longshadow.engine.ops import splits
 from longshadow.engine.ops.backend import why_not
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where operators are tested: the GPU where there is one."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
     """ "triton", or what `@pytest.mark.parametrize("backend", [...], indirect=True)` says; skipped where impossible."""
     name: str = getattr(request, "param", "triton")

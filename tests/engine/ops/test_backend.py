@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from longshadow.engine.ops import backend as backends
-from longshadow.engine.ops.backend import Operators, Shapes, choose_backend, implementation, operators, why_not
+from longshadow.engine.ops.backend import (
+    Operators,
+    Shapes,
+    choose_backend,
+    implementation,
+    next_implementation,
+    operators,
+    why_not,
+)
 from longshadow.engine.ops.tables import RowKind
 
 CPU = torch.device("cpu")
@@ -55,11 +63,15 @@ def test_argument_comes_before_the_environment(monkeypatch: pytest.MonkeyPatch) 
 
 def test_impossible_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_is_interpreted", lambda: False)
+    implementation.cache_clear()
     for name in ("cuda", "triton"):
         with pytest.raises(ValueError, match=f"'{name}' cannot run on cpu: it needs a CUDA device"):
             choose_backend(CPU, name)
+        with pytest.raises(ValueError, match=f"'{name}' cannot run on cpu: it needs a CUDA device"):
+            implementation("score_chunks", name, CPU)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU")
 def test_the_interpreter_is_chosen_by_name_only(backend: str) -> None:
     assert choose_backend(CPU, "triton") == "triton"
     assert choose_backend(CPU) == "reference"
@@ -102,8 +114,24 @@ def test_old_devices_run_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_operators_without_a_cuda_kernel_take_the_next(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.setattr(backends, "why_not", lambda name, device, shapes=None: None)
-    implementation.cache_clear()
+    _forget_implementations()
     try:
         assert implementation("score_chunks", "cuda", CPU).__module__.endswith("score_chunks.triton_kernel")
+        assert implementation("plan_chunks", "cuda", CPU).__module__.endswith("plan_chunks.cuda_kernel")
+        assert next_implementation("plan_chunks", "cuda", CPU).__module__.endswith("plan_chunks.triton_kernel")
     finally:
-        implementation.cache_clear()
+        _forget_implementations()
+
+
+def test_without_triton_the_next_after_cuda_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_is_interpreted", lambda: False)
+    _forget_implementations()
+    try:
+        assert next_implementation("plan_chunks", "cuda", CPU).__module__.endswith("plan_chunks.reference")
+    finally:
+        _forget_implementations()
+
+
+def _forget_implementations() -> None:
+    implementation.cache_clear()
+    next_implementation.cache_clear()

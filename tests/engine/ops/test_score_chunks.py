@@ -122,10 +122,18 @@ def test_large_logits_do_not_overflow(backend: str, device: torch.device) -> Non
     seed=st.integers(0, 1000),
 )
 def test_ragged_sequences(
-    chunks: list[list[int]], sinks: int, outliers: int, group: int, extra: int, seed: int
+    backend: str,
+    device: torch.device,
+    chunks: list[list[int]],
+    sinks: int,
+    outliers: int,
+    group: int,
+    extra: int,
+    seed: int,
 ) -> None:
-    batch = random_batch(chunks, num_kv_heads=1, num_sink_chunks=sinks, num_outlier_chunks=outliers, rank=2, seed=seed)
-    check("triton", batch, batch.query(group), extra=extra)
+    counts = dict(num_kv_heads=1, num_sink_chunks=sinks, num_outlier_chunks=outliers, rank=2)
+    batch = random_batch(chunks, **counts, device=device, seed=seed)
+    check(backend, batch, batch.query(group), extra=extra)
 
 
 def test_operator_is_registered(device: torch.device) -> None:

@@ -133,11 +133,17 @@ def test_large_logits_do_not_overflow(backend: str, device: torch.device) -> Non
     seed=st.integers(0, 1000),
 )
 def test_ragged_sequences(
-    chunks: list[list[int]], tails: tuple[int, int], candidates: tuple[int, int], group: int, seed: int
+    backend: str,
+    device: torch.device,
+    chunks: list[list[int]],
+    tails: tuple[int, int],
+    candidates: tuple[int, int],
+    group: int,
+    seed: int,
 ) -> None:
     size = len(chunks)
-    batch = random_batch(chunks, tails=tails[:size], num_kv_heads=1, rank=2, seed=seed)
-    check("triton", batch, batch.query(group), RandomSlots(batch, num_slots=11, num_candidates=candidates[:size]))
+    batch = random_batch(chunks, tails=tails[:size], num_kv_heads=1, rank=2, device=device, seed=seed)
+    check(backend, batch, batch.query(group), RandomSlots(batch, num_slots=11, num_candidates=candidates[:size]))
 
 
 def test_operator_is_registered(device: torch.device) -> None:

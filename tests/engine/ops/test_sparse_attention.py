@@ -165,12 +165,18 @@ def test_large_logits_do_not_overflow(backend: str, device: torch.device) -> Non
     seed=st.integers(0, 1000),
 )
 def test_ragged_sequences(
-    chunks: list[list[int]], tails: tuple[int, int], tokens: tuple[int, int], group: int, seed: int
+    backend: str,
+    device: torch.device,
+    chunks: list[list[int]],
+    tails: tuple[int, int],
+    tokens: tuple[int, int],
+    group: int,
+    seed: int,
 ) -> None:
     size = len(chunks)
-    batch = random_batch(chunks, tails=tails[:size], num_kv_heads=1, rank=2, seed=seed)
+    batch = random_batch(chunks, tails=tails[:size], num_kv_heads=1, rank=2, device=device, seed=seed)
     slots = RandomSlots(batch, num_slots=12, num_candidates=[-(-count // 8) for count in tokens[:size]])
-    check("triton", batch, batch.query(group), slots, slots.places(tokens[:size]))
+    check(backend, batch, batch.query(group), slots, slots.places(tokens[:size]))
 
 
 def test_operator_is_registered(device: torch.device) -> None:
