@@ -93,9 +93,9 @@ def test_a_model_shares(attention: str) -> None:
 def test_new_lengths_do_not_compile_forever() -> None:
     """Thirty batches of different lengths: past torch's limit of compilations it would fall back to T x T."""
     torch._dynamo.reset()
-    compiled = torch._dynamo.utils.counters["stats"]
+    torch._dynamo.utils.counters.clear()
     for length in range(30):
         tree = tree_of([[5] * (200 + 37 * length) + [6] * 9, [5] * (200 + 37 * length) + [7] * 30])
         tensors = [torch.randn(1, 2, tree.num_tokens, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
         gradients(attend_flex, tensors, tree)
-    assert compiled["unique_graphs"] <= 4
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
