@@ -76,20 +76,20 @@ class _PackedMicroBatches(_SharingTrainer):
 
     Args:
         packing_tokens: the budget; None trains each batch at once. Let per_device_train_batch_size be the pairs of a
-            step, and this bound the memory. All pairs of an accumulation window and all processes weigh alike,
-            however they are cut.
+            step, and this bound the memory, also where reference log-probabilities are precomputed; evaluation is not
+            cut. All pairs of an accumulation window and all processes weigh alike, however they are cut.
     """
 
     def __init__(self, *args: Any, packing_tokens: int | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        trainer: Any = self
+        if packing_tokens is not None and packing_tokens < 1:
+            raise ValueError(f"packing_tokens must be at least 1, got {packing_tokens}")
         self.packing_tokens = packing_tokens
         self._pairs_in_window = 0
         self._pair_weight = 1.0
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
         if packing_tokens is None:
             return
-        if packing_tokens < 1:
-            raise ValueError(f"packing_tokens must be at least 1, got {packing_tokens}")
         mixing = sorted(LOSSES_OF_A_BATCH.intersection(trainer.loss_types))
         if mixing:
             raise ValueError(
@@ -106,11 +106,19 @@ class _PackedMicroBatches(_SharingTrainer):
         if getattr(trainer, "aux_loss_enabled", False):
             logger.warning("packing: the experts' load balance is counted over each micro-batch, not the whole batch")
 
-    def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
+    def compute_ref_log_probs(self, *args: Any) -> Any:
+        """Chosen and rejected log-probabilities of a batch, [pairs] each; newer versions of TRL pass a model first."""
+        *model, inputs = args
         # TRL precomputes them while it is being made.
         self._share_models()
         parent: Any = super()
-        return parent.compute_ref_log_probs(*args, **kwargs)
+        if self.packing_tokens is None:
+            return parent.compute_ref_log_probs(*model, inputs)
+        packs = self._packs(pair_costs(inputs), self.packing_tokens)
+        parts = [parent.compute_ref_log_probs(*model, take_pairs(inputs, pairs)) for pairs in packs]
+        # The packs' pairs, back in the batch's order.
+        order = torch.tensor([pair for pairs in packs for pair in pairs]).argsort()
+        return tuple(torch.cat(logps)[order.to(logps[0].device)] for logps in zip(*parts, strict=True))
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         parent: Any = super()
@@ -129,8 +137,7 @@ class _PackedMicroBatches(_SharingTrainer):
             return loss
         accelerator = self._accelerator
         costs = pair_costs(inputs)
-        needed = torch.tensor([fewest_packs(costs, self.packing_tokens)], device=accelerator.device)
-        packs = pack(costs, int(accelerator.gather(needed).max()))
+        packs = self._packs(costs, self.packing_tokens)
         # A micro-batch is the mean over its pairs, which the trainer divides by the window's batches and averages
         # over processes: this turns it into its part of the mean over all pairs of the window.
         parts = trainer.current_gradient_accumulation_steps * accelerator.num_processes
@@ -150,6 +157,11 @@ class _PackedMicroBatches(_SharingTrainer):
         parent: Any = super()
         loss = parent.compute_loss(model, *args, **kwargs)
         return loss * self._pair_weight if self.packing_tokens is not None and model.training else loss
+
+    def _packs(self, costs: list[int], budget: int) -> list[list[int]]:
+        """As many on every process, as sharded models need the same passes of all."""
+        needed = torch.tensor([fewest_packs(costs, budget)], device=self._accelerator.device)
+        return pack(costs, int(self._accelerator.gather(needed).max()))
 
     @property
     def _accelerator(self) -> Any:

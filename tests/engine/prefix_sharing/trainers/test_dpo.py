@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 
 from longshadow import PrefixSharingDPOTrainer
+from longshadow.engine.prefix_sharing import backbone
 from tests.engine.prefix_sharing.trainers.runs import assert_same, baseline, train_pairs
 
 LOSSES = (
@@ -71,13 +72,47 @@ def test_a_precomputed_reference_is_shared(tokenizer: Any, tmp_path: Path) -> No
     assert_same(ours, expected)
 
 
+@pytest.mark.slow
+def test_packing_bounds_the_precomputed_reference(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On rows of its own, too, of different lengths, so that packs take them out of order."""
+    passes: list[int] = []
+
+    def run_tree(sharing: Any, tree: Any, *others: Any) -> Any:
+        passes.append(tree.num_tokens)
+        return run(sharing, tree, *others)
+
+    run = backbone._run_tree
+    rows = [
+        {"prompt": f"w{length} " * 30, "chosen": f"w{uuid4().int % 90} <eos>", "rejected": "w91 " * length + "<eos>"}
+        for length in (3, 50, 9, 40, 1, 20)
+    ]
+    arguments: dict[str, Any] = dict(per_device_train_batch_size=6)
+    expected = train_pairs(tokenizer, Dataset.from_list(rows), tmp_path, **arguments)
+    monkeypatch.setattr(backbone, "_run_tree", run_tree)
+    ours = train_pairs(
+        tokenizer,
+        Dataset.from_list(rows),
+        tmp_path,
+        trainer_class=PrefixSharingDPOTrainer,
+        precompute_ref_log_probs=True,
+        options=dict(packing_tokens=100, verify_first_batch=False),
+        **arguments,
+    )
+    assert len(passes) > 3 and max(passes) <= 100
+    for mine, theirs in zip(ours[0], expected[0], strict=True):
+        for key in ("loss", "grad_norm", "rewards/chosen", "rewards/rejected"):
+            assert abs(mine[key] - theirs[key]) <= 1e-5 * max(1, abs(theirs[key])), key
+
+
 class Watched(PrefixSharingDPOTrainer):
     """Counts the shared passes of the precomputation."""
 
     precomputed = 0
 
-    def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().compute_ref_log_probs(*args, **kwargs)
+    def compute_ref_log_probs(self, *args: Any) -> Any:
+        result = super().compute_ref_log_probs(*args)
         Watched.precomputed += self.reference_sharing.shared_batches
         return result
 
