@@ -7,10 +7,13 @@ from uuid import uuid4
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 
 from longshadow import PrefixSharingDPOTrainer
 from longshadow.engine.prefix_sharing import backbone
-from tests.engine.prefix_sharing.trainers.runs import assert_same, baseline, train_pairs
+from tests.engine.prefix_sharing.trainers.runs import assert_same, baseline, model_of, train_pairs, trl
+
+ROOT = Path(__file__).resolve().parents[4]
 
 LOSSES = (
     "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft "
@@ -104,6 +107,26 @@ def test_packing_bounds_the_precomputed_reference(
     for mine, theirs in zip(ours[0], expected[0], strict=True):
         for key in ("loss", "grad_norm", "rewards/chosen", "rewards/rejected"):
             assert abs(mine[key] - theirs[key]) <= 1e-5 * max(1, abs(theirs[key])), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_readme_trains_with_and_without_a_reference_model(
+    tokenizer: Any, preferences: Any, tmp_path: Path, lora: bool
+) -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Train on preferences")[2]
+    model = model_of("llama", torch.float32)
+    names: dict[str, Any] = dict(
+        model=get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])) if lora else model,
+        reference=None if lora else model_of("llama", torch.float32),
+        args=trl.DPOConfig(
+            output_dir=str(tmp_path), max_steps=1, report_to=[], bf16=False, use_cpu=True, save_strategy="no"
+        ),
+        preferences=preferences,
+        tokenizer=tokenizer,
+    )
+    exec(section.partition("```python\n")[2].partition("```")[0], names)
+    assert names["report"].token_ratio > 1 and (names["trainer"].ref_model is None) == lora
 
 
 class Watched(PrefixSharingDPOTrainer):
