@@ -6,9 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # Empty: pip's own index, whose torch brings gigabytes of CUDA. Without an NVIDIA driver the CPU build is enough.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
-# Given to make, not taken from the environment: a machine's own OUT may be emptied before each command, and a check
-# goes on from what is in the folder.
-OUT := gpu-check
+OUT ?= gpu-check
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt

@@ -170,12 +170,3 @@ def test_steps_collect_their_tests_with_no_more_than_they_say(names):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line} == set(files)
-
-
-@pytest.mark.parametrize(("given", "folder"), [([], "gpu-check"), (["OUT=mine"], "mine")])
-def test_make_takes_the_folder_from_its_arguments_alone(given, folder):
-    """A folder in the environment may be emptied between two commands, and with it what has finished."""
-    command = ["make", "--dry-run", "gpu-check", *given]
-    environment = {"PATH": os.environ["PATH"], "OUT": "emptied"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
-    assert f'OUT="{folder}"' in done.stdout and "emptied" not in done.stdout
