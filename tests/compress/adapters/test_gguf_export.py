@@ -21,9 +21,8 @@ from longshadow.compress.adapters.reading import Adapter, read_adapter
 from longshadow.compress.solver import Factors
 from longshadow.gguf_files import load_gguf
 from longshadow.models import LoadedModel
-from tests import tiny_models
 from tests.compress.adapters.lora_files import factors_for, with_products, write_lora
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_model, write_gguf
 
 
 def tiny_base() -> Base:
@@ -81,8 +80,8 @@ def test_transformers_reads_the_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             written.append(name)
             super().add_tensor(name, (tensor + products.get(name, 0)).astype(np.float32))
 
-    monkeypatch.setattr(tiny_models, "GGUFWriter", AddingWriter)
-    path = tiny_models.write_gguf(tmp_path / "sum.gguf")
+    monkeypatch.setattr(gguf, "GGUFWriter", AddingWriter)
+    path = write_gguf(tmp_path / "sum.gguf")
     assert products.keys() <= set(written) and len(products) == 14
     model, _ = load_gguf(path, dtype=torch.float32, device=torch.device("cpu"))
     expected = with_products(tiny_model(), (layers, dict.fromkeys(layers, 1.5))).state_dict()
@@ -214,7 +213,7 @@ def test_the_table_names_gguf_architectures() -> None:
 
 def test_the_base_may_be_a_gguf_file(tmp_path: Path) -> None:
     save_adapter(tmp_path / "adapter", factors_for(tiny_model()), base_model="m")
-    path = tiny_models.write_gguf(tmp_path / "tiny.gguf")
+    path = write_gguf(tmp_path / "tiny.gguf")
     for name, base in [("a.gguf", read_base(str(path))), ("b.gguf", tiny_base())]:
         export_gguf(read_adapter(tmp_path / "adapter"), base, tmp_path / name)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
