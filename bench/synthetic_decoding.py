@@ -170,9 +170,9 @@ def shadowkv_step(model: LlamaForCausalLM, cache: ShadowKVCache, context: int) -
 
 
 def expect_captured(graphs: DecodeGraphs, model: LlamaForCausalLM) -> None:
-    """Raises RuntimeError for a step that a GPU ran without a graph: its time would stand for something else."""
+    """Raises what kept a GPU from capturing a step, such as OutOfMemoryError: it would be timed as something else."""
     if model.device.type == "cuda" and not graphs.num_graphs:
-        raise RuntimeError("the decoding step was not captured in a CUDA graph; the warning above says why")
+        raise graphs.failure or RuntimeError("the decoding step was not captured; the warning above says why")
 
 
 def full_step(setting: Setting, model: LlamaForCausalLM, context: int, batch_size: int, implementation: str) -> Step:

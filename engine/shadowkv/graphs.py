@@ -30,11 +30,15 @@ class GraphedForward:
 
     The first run with a signature is an ordinary one, which compiles and allocates; on a CUDA device its launches are
     then captured, for the runs to come. Elsewhere, and where capturing fails, every run is an ordinary one.
+
+    Attributes:
+        failure: why capturing failed.
     """
 
     def __init__(self, forward: Forward, device: torch.device) -> None:
         self._forward = forward
         self._captures = device.type == "cuda"
+        self.failure: RuntimeError | None = None
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._ids = torch.empty(0, 1, dtype=torch.long, device=device)
         self._positions = torch.empty_like(self._ids)
@@ -76,10 +80,8 @@ class GraphedForward:
             # Other threads may allocate meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 logits = self._forward(self._ids, self._positions)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            self._captures = False
+            self._captures, self.failure = False, error
             logger.warning_once(
                 f"decoding goes on without CUDA graphs, the model's forward cannot be captured: {error}"
             )
@@ -106,6 +108,11 @@ class DecodeGraphs:
     def num_graphs(self) -> int:
         """Graphs that are held now."""
         return self._graphed.num_graphs
+
+    @property
+    def failure(self) -> RuntimeError | None:
+        """Why capturing failed, if it did."""
+        return self._graphed.failure
 
     def step(
         self,

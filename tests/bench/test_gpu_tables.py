@@ -1,6 +1,7 @@
 """The tables of the decode step on a CPU at toy sizes: reference operators, ordinary launches in place of graphs."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from bench import ceilings, synthetic_decoding
 from bench.decoding_check import check_steps
 from bench.session import Session, UnitStore
 from bench.synthetic import ModelShape, num_threads
+from bench.synthetic_decoding import expect_captured
 from bench.table import load_table
 from bench.tables import decode_gpu, ops_gpu, prefill_gpu
 
@@ -170,3 +172,14 @@ def test_gpu_tables_have_no_cpu_configuration():
     for name in ("ops_gpu", "decode_gpu", "prefill_gpu"):
         table = load_table(name)
         assert set(table.configs) == {"cuda"} and table.quick(table.configs["cuda"]) != table.configs["cuda"]
+
+
+def test_a_step_that_was_not_captured_is_not_timed():
+    on_gpu, on_cpu = (SimpleNamespace(device=torch.device(name)) for name in ("cuda", "cpu"))
+    captured, failed = SimpleNamespace(num_graphs=1), SimpleNamespace(num_graphs=0, failure=torch.OutOfMemoryError())
+    expect_captured(captured, on_gpu)
+    expect_captured(failed, on_cpu)
+    with pytest.raises(torch.OutOfMemoryError):
+        expect_captured(failed, on_gpu)
+    with pytest.raises(RuntimeError, match="not captured"):
+        expect_captured(SimpleNamespace(num_graphs=0, failure=None), on_gpu)

@@ -3,7 +3,9 @@
 Without a GPU nothing is captured; everything else is as under a graph.
 """
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -16,7 +18,7 @@ from longshadow.engine.ops import Operators, SegmentTable
 from longshadow.engine.shadowkv import ShadowKVCache, ShadowKVConfig
 from longshadow.engine.shadowkv import state as state_module
 from longshadow.engine.shadowkv.decode_batch import DecodeBatch
-from longshadow.engine.shadowkv.graphs import DecodeGraphs, graphed_decoding, why_not
+from longshadow.engine.shadowkv.graphs import DecodeGraphs, GraphedForward, graphed_decoding, why_not
 from longshadow.env import BACKEND_VARIABLE
 from tests.engine.shadowkv.families import tiny_model
 from tests.engine.shadowkv.test_cache import COMPRESSING, EVERYTHING, all_tensors, generate, prompt
@@ -297,3 +299,20 @@ def test_a_step_launches_the_same_operators_on_the_same_memory(
     assert len({signature for signature, _ in steps}) == 1
     assert all(launched == steps[0][1] for _, launched in steps)
     assert len(steps[0][1]) == 2 * (7 if candidate_factor == 1 else 9)
+
+
+def test_a_capture_that_fails_is_an_ordinary_step_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def full(*args: Any, **kwargs: Any) -> Iterator[None]:
+        raise torch.OutOfMemoryError("no room for a graph")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", full)
+    graphed = GraphedForward(lambda ids, positions: (ids + positions).float(), torch.device("cpu"))
+    graphed._captures = True
+    ids = torch.tensor([[3]])
+    for _ in range(2):
+        assert graphed.run(ids, ids, (0, True)).item() == 6
+    assert graphed.num_graphs == 0 and isinstance(graphed.failure, torch.OutOfMemoryError)
