@@ -158,10 +158,10 @@ class DocumentStore:
             record.is_deleted = True
             self._records.pop(identity, None)
             document, record.document, record.text = record.document, None, None
-        if record.is_saved:  # since it was looked at
-            self._path(record).unlink(missing_ok=True)
         if document is not None:
             self._llm.remove_document(document)
+        if record.is_saved:  # since it was looked at
+            self._path(record).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Waits for what is being read, which the closed engine has ended; what waited fails."""
