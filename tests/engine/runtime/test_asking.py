@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,12 +11,6 @@ import torch
 from longshadow import LLM, SamplingParams
 from longshadow.engine.runtime import QueueFull, RequestOutput, RequestTooLong
 from tests.engine.runtime.engines import GREEDY, assert_nothing_is_left, engine, last_of, text, tokens_of
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with engine() as opened:
-        yield opened
 
 
 def test_streams_grow_and_leaving_one_cancels_it(llm: LLM) -> None:

@@ -2,7 +2,7 @@ import contextlib
 import json
 import resource
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,6 @@ from tests.engine.shadowkv.families import tiny_model
 
 TEXT = "Once upon a time there was a cache. " * 8
 GREEDY = SamplingParams(max_tokens=6, temperature=0)
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with engine() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

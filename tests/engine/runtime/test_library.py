@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,12 +20,6 @@ from tests.engine.runtime.engines import (
     text,
     tokens_of,
 )
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with engine() as opened:
-        yield opened
 
 
 def test_a_document_answers_as_a_prompt_of_two_turns(llm: LLM) -> None:

@@ -1,6 +1,5 @@
 import asyncio
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,12 +18,6 @@ from tests.engine.runtime.engines import (
     tokens_of,
 )
 from tests.engine.shadowkv.families import tiny_model
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with engine() as opened:
-        yield opened
 
 
 def test_32_requests_that_come_and_go_give_what_each_gives_alone() -> None:
