@@ -69,7 +69,7 @@ class Gate:
             return
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                body = await read_body(receive, limit)
+                body = await read_body(receive, limit, pause=self._service.settings.patience_seconds)
         except TimeoutError:
             slow = ApiError(408, f"the request's body took longer than {BODY_SECONDS:g} seconds", code="slow_body")
             await _refuse(slow, scope, receive, send)
@@ -110,16 +110,20 @@ class Gate:
             raise ApiError(401, message, kind="authentication_error", code="invalid_api_key")
 
 
-async def read_body(receive: Receive, limit: int) -> bytes:
+async def read_body(receive: Receive, limit: int, *, pause: float) -> bytes:
     """The whole body of a request.
 
     Raises:
-        ApiError: it is larger than `limit` bytes.
+        ApiError: it is larger than `limit` bytes, or nothing came for `pause` seconds.
         ClientGone: the client left while it sent it.
     """
     body = bytearray()
     while True:
-        message = await receive()
+        try:
+            async with asyncio.timeout(pause):
+                message = await receive()
+        except TimeoutError as error:
+            raise ApiError(408, f"the request's body stopped for {pause:g} seconds", code="slow_body") from error
         if message["type"] == "http.disconnect":
             raise ClientGone
         body += message.get("body", b"")

@@ -17,6 +17,9 @@ class ServingSettings:
         port: 1 .. 65535, or 0 for a free one.
         api_key: asked for by everything but the page, `/health` and the description; None: no key.
         max_body_bytes: a longer request body is refused (413), at least 1,024.
+        max_connections: clients connected at once, as far as the limit of open files allows, at least 1.
+        patience_seconds: what a client gets to send a request's headers, to go on with its body, and to take what was
+            sent to it, above 0.
         request_seconds: a request, queueing included, that takes longer is ended (503), above 0.
         grace_seconds: what open requests get to finish when the server stops, at least 0; then they are failed.
         default_max_tokens: tokens of a chat answer at most, where the request does not say, at least 1.
@@ -29,6 +32,8 @@ class ServingSettings:
     port: int = 8000
     api_key: str | None = None
     max_body_bytes: int = 32 * MEBIBYTE
+    max_connections: int = 1024
+    patience_seconds: float = 30.0
     request_seconds: float = 600.0
     grace_seconds: float = 30.0
     default_max_tokens: int = 1024
@@ -44,8 +49,11 @@ class ServingSettings:
             raise ValueError("api_key must be one or more printable ASCII characters")
         if self.max_body_bytes < 1024:
             raise ValueError(f"max_body_bytes must be at least 1,024, got {self.max_body_bytes}")
-        if not 0 < self.request_seconds < float("inf"):
-            raise ValueError(f"request_seconds must be above 0 and finite, got {self.request_seconds}")
+        if self.max_connections < 1:
+            raise ValueError(f"max_connections must be at least 1, got {self.max_connections}")
+        for name in ("patience_seconds", "request_seconds"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.grace_seconds < float("inf"):
             raise ValueError(f"grace_seconds must be at least 0 and finite, got {self.grace_seconds}")
         if self.default_max_tokens < 1:

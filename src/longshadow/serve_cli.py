@@ -52,6 +52,9 @@ def serve(
     ),
     host_memory: Annotated[str | None, typer.Option(help="For caches in host memory. Default: the engine's.")] = None,
     max_body_mb: Annotated[int, typer.Option(help="Largest request body in MiB; larger ones get status 413.")] = 32,
+    max_connections: Annotated[
+        int, typer.Option(help="Clients connected at once; fewer where the limit of open files (ulimit -n) is lower.")
+    ] = 1024,
     request_seconds: Annotated[float, typer.Option(help="Longest request; then it gets status 503.")] = 600.0,
     grace_seconds: Annotated[float, typer.Option(help="For open requests to finish when the server stops.")] = 30.0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if any.")] = None,
@@ -75,6 +78,7 @@ def serve(
             port=port,
             api_key=api_key or None,
             max_body_bytes=max_body_mb * MEBIBYTE,
+            max_connections=max_connections,
             request_seconds=request_seconds,
             grace_seconds=grace_seconds,
             documents_dir=documents_dir,

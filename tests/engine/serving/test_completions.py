@@ -170,14 +170,14 @@ def test_token_ids_beyond_the_vocabulary(client):
 
 
 def test_messages_that_the_template_refuses(client):
-    document = client.post("/documents", body={"text": "some text"}, cast_to=dict)
+    document = client.post("/documents", body={"text": "some text"}, cast_to=object)
     with pytest.raises(openai.BadRequestError, match="first message must be the user's"):
         client.chat.completions.create(
             model="tiny",
             messages=[{"role": "assistant", "content": "x"}],
             extra_body={"document": document["id"]},
         )
-    client.delete(f"/documents/{document['id']}", cast_to=dict)
+    client.delete(f"/documents/{document['id']}", cast_to=object)
 
 
 async def _ask(client, count):

@@ -136,6 +136,8 @@ def test_other_origins_get_no_permission(server):
         ({"max_body_bytes": 10}, "max_body_bytes must be at least 1,024, got 10"),
         ({"request_seconds": 0}, "request_seconds must be above 0"),
         ({"request_seconds": float("inf")}, "and finite"),
+        ({"max_connections": 0}, "max_connections must be at least 1, got 0"),
+        ({"patience_seconds": 0}, "patience_seconds must be above 0"),
         ({"grace_seconds": -1}, "grace_seconds must be at least 0"),
         ({"default_max_tokens": 0}, "default_max_tokens must be at least 1"),
         ({"max_waiting_documents": 0}, "max_waiting_documents must be at least 1"),
