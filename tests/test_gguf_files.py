@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from longshadow import gguf_files
 from longshadow.gguf_files import MANIFEST, WEIGHTS, converted_folder, is_intact, load_gguf, sha256
-from tests.tiny_models import write_gguf
+from tests.tiny_models import write_folder, write_gguf
 
 CPU = torch.device("cpu")
 
@@ -51,6 +52,30 @@ def test_converted_folder_is_the_gguf_model(source: Path, target: Path) -> None:
     assert tokenizer("Grüße\n")["input_ids"] == expected_tokenizer("Grüße\n")["input_ids"]
     assert tokenizer.decode(tokenizer("Grüße\n")["input_ids"]) == "Grüße\n"
     assert leftovers(target) == []
+
+
+def test_converted_folder_is_what_save_pretrained_writes(source: Path, target: Path, tmp_path: Path) -> None:
+    """The tied head is stored once, under the embedding's name: readers that tie by the name find it nowhere else."""
+    expected = write_folder(tmp_path / "expected")
+    folder = converted_folder(source, sha256(source), target)
+    found, wanted = (load_file(place / WEIGHTS) for place in (folder, expected))
+    assert found.keys() == wanted.keys() and "model.embed_tokens.weight" in found and "lm_head.weight" not in found
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+    assert {path.name for path in expected.iterdir()} <= {path.name for path in folder.iterdir()}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["tie_word_embeddings"] is True
+    assert "quantization_config" not in config and config["dtype"] == "float32"
+
+
+def test_a_folder_of_an_older_format_is_converted_again(source: Path, target: Path) -> None:
+    manifest = converted_folder(source, sha256(source), target) / MANIFEST
+    content = json.loads(manifest.read_text())
+    for older in ({key: content[key] for key in content if key != "format"}, content | {"format": 1}):
+        manifest.write_text(json.dumps(older))
+        assert not is_intact(target, sha256(source))
+        converted_folder(source, sha256(source), target)
+        assert json.loads(manifest.read_text()) == content
 
 
 def test_conversion_happens_once(source: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,10 +140,16 @@ def full_disk_in_python(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "failure"), [("save_model", full_disk_in_rust), ("_write_manifest", full_disk_in_python)]
+    ("owner", "function", "failure"),
+    [
+        (PreTrainedModel, "save_pretrained", full_disk_in_rust),
+        (gguf_files, "_write_manifest", full_disk_in_python),
+    ],
 )
-def test_full_disk(source: Path, target: Path, monkeypatch: pytest.MonkeyPatch, function: str, failure: object) -> None:
-    monkeypatch.setattr(gguf_files, function, failure)
+def test_full_disk(
+    source: Path, target: Path, monkeypatch: pytest.MonkeyPatch, owner: object, function: str, failure: object
+) -> None:
+    monkeypatch.setattr(owner, function, failure)
     with pytest.raises(ValueError, match=r"the disk is full.*LONGSHADOW_CACHE") as caught:
         converted_folder(source, sha256(source), target)
     one_line(caught.value)

@@ -1,11 +1,10 @@
 """GGUF files: loading one as a dense model, and converting one, once, to a verified safetensors folder.
 
-A converted folder holds the model, its tokenizer and a manifest:
-    {"source_sha256": hex, "files": {name: {"size": bytes, "sha256": hex}}}
+A converted folder holds what `save_pretrained` writes of the model and its tokenizer, and a manifest:
+    {"format": FORMAT, "source_sha256": hex, "files": {name: {"size": bytes, "sha256": hex}}}
 The folder appears under its final name only when it is complete.
 """
 
-import copy
 import errno
 import hashlib
 import json
@@ -18,11 +17,12 @@ from typing import Any
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
-from safetensors.torch import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
+# Of the converted folder. Before 2, a tied head was stored under the head's name, where other readers do not look.
+FORMAT = 2
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 
@@ -88,11 +88,12 @@ def converted_folder(source: Path, source_sha256: str, target: Path) -> Path:
 
 
 def is_intact(folder: Path, source_sha256: str) -> bool:
-    """Whether `folder` was converted from the source with that hash and none of its files changed since."""
+    """Whether `folder` was converted, in today's format, from the source with that hash, and is unchanged since."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"].items()
-        if manifest["source_sha256"] != source_sha256 or WEIGHTS not in manifest["files"]:
+        made_from = (manifest["format"], manifest["source_sha256"])
+        if made_from != (FORMAT, source_sha256) or WEIGHTS not in manifest["files"]:
             return False
         # All sizes first: a truncated file is found without hashing half a gigabyte.
         return all((folder / name).stat().st_size == entry["size"] for name, entry in files) and all(
@@ -125,17 +126,9 @@ def _convert(source: Path, source_sha256: str, target: Path) -> None:
 
 def _write_model(source: Path, folder: Path) -> None:
     model, tokenizer = load_gguf(source, dtype=torch.float32, device=torch.device("cpu"))
-    # `save_pretrained` refuses a model that came from GGUF blocks; these are the files it would write.
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     try:
-        save_model(model, str(folder / WEIGHTS), metadata={"format": "pt"})
+        model.save_pretrained(folder)
     except SafetensorError as error:
         raise _as_os_error(error) from error
 
@@ -150,7 +143,7 @@ def _as_os_error(error: SafetensorError) -> Exception:
 
 def _write_manifest(folder: Path, source_sha256: str) -> None:
     files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
-    manifest = {"source_sha256": source_sha256, "files": files}
+    manifest = {"format": FORMAT, "source_sha256": source_sha256, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
