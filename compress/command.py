@@ -25,6 +25,7 @@ from longshadow.compress.planning import layer_shapes, plan_compensation
 from longshadow.compress.report import report_files
 from longshadow.compress.shards import Shards
 from longshadow.compress.storage import is_plain
+from longshadow.model_sources import lasting_name
 from longshadow.models import LoadedModel, load_model
 
 logger = logging.getLogger(__name__)
@@ -80,8 +81,8 @@ def run_compensation(
     method = min(selection, key=selection.__getitem__) if selection else options.methods[0]
     result = tried[method]
     report: dict[str, Any] = {
-        "original": original,
-        "quantized": quantized,
+        "original": lasting_name(original),
+        "quantized": lasting_name(quantized),
         "method": method,
         "shrinkage": options.shrinkage,
         "selection": selection,

@@ -12,6 +12,7 @@ from longshadow.compress.adapters.atomic import whole_folder
 from longshadow.compress.blocks import decoder_blocks, linear_layers
 from longshadow.compress.fingerprint import model_fingerprint
 from longshadow.compress.planning import num_layer_weights, require_room
+from longshadow.model_sources import lasting_name
 from longshadow.models import empty_model, load_model
 
 MADE = "longshadow_quantize.json"
@@ -91,7 +92,12 @@ def prune_two_of_four(model: nn.Module) -> None:
 def _made(original: str, scheme: str, dtype: torch.dtype) -> str:
     """Of everything that the quantised model depends on."""
     return json.dumps(
-        {"original": original, "scheme": scheme, "dtype": str(dtype), "files": model_fingerprint(original)}
+        {
+            "original": lasting_name(original),
+            "scheme": scheme,
+            "dtype": str(dtype),
+            "files": model_fingerprint(original),
+        }
     )
 
 

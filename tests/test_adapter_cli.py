@@ -120,6 +120,38 @@ def test_exports(adapter: Path, base: Path, tmp_path: Path, factors: dict[str, F
     assert result.exit_code == 0 and len(result.stdout.splitlines()) == 1
 
 
+def test_a_base_by_a_relative_path(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that is written names it so that it is found from anywhere."""
+    factors = factors_for(tiny_model(), ranks=(8,))
+    monkeypatch.chdir(base.parent)
+    save_adapter(tmp_path / "adapter", factors, base_model=base.name)
+    old = write_lora(tmp_path / "old", factors, base_model_name_or_path=f"./{base.name}")  # as PEFT records what it got
+    merged = told("merge", old, tmp_path / "adapter", "--output", tmp_path / "merged")
+    told("export", old, "--to", "padded", "--output", tmp_path / "padded")
+    assert merged["base_model"] == str(base)
+    monkeypatch.chdir("/")
+    for name in ("adapter", "merged", "padded"):
+        assert read_adapter(tmp_path / name).base_model == str(base)
+        told("export", tmp_path / name, "--to", "gguf", "--output", tmp_path / f"{name}.gguf")
+    assert (
+        "vllm serve" in run("verify", tmp_path / "adapter").stdout
+        and "'" + str(base) in run("verify", tmp_path / "adapter").stdout
+    )
+    error = error_of(run("export", old, "--to", "gguf", "--output", tmp_path / "old.gguf"))
+    assert f"is for ./{base.name}, which cannot be had here" in error and "give its base with --base" in error
+
+
+def test_a_base_that_was_moved(tmp_path: Path, base: Path) -> None:
+    gone = write_folder(tmp_path / "gone")
+    save_adapter(tmp_path / "adapter", factors_for(tiny_model(), ranks=(8,)), base_model=str(gone))
+    moved = gone.rename(tmp_path / "moved")
+    out = ("--output", tmp_path / "out")
+    for form in ("gguf", "merged"):
+        error = error_of(run("export", tmp_path / "adapter", "--to", form, *out))
+        assert f"is for {gone}, which cannot be had here (there is no folder" in error
+    told("export", tmp_path / "adapter", "--to", "gguf", "--base", moved, *out)
+
+
 def test_mistakes(adapter: Path, tmp_path: Path) -> None:
     nameless = write_lora(tmp_path / "nameless", factors_for(tiny_model(), ranks=(8,)), base_model_name_or_path=None)
     out = ("--output", tmp_path / "out")

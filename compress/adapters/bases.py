@@ -5,7 +5,8 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from longshadow.model_sources import DEMO_NAME, GGUF_SUFFIX, demo_folder, quantization_method, read_config
+from longshadow.compress.adapters.reading import Adapter
+from longshadow.model_sources import GGUF_SUFFIX, lasting_name, quantization_method, read_config
 
 GGUF = "gguf"
 
@@ -25,11 +26,27 @@ class Base:
     config: PreTrainedConfig
 
 
+def base_of(adapter: Adapter, *, only_here: bool = False) -> Base:
+    """The base that the adapter names.
+
+    Raises ValueError where it names none, or one that cannot be had, such as a folder that was moved.
+    """
+    if not adapter.base_model:
+        raise ValueError(f"{adapter.folder} does not name its base: give it with --base")
+    try:
+        return read_base(adapter.base_model, only_here=only_here)
+    except ValueError as error:
+        raise ValueError(
+            f"{adapter.folder} is for {adapter.base_model}, which cannot be had here ({error}): give its base with "
+            "--base"
+        ) from error
+
+
 def read_base(name: str, *, only_here: bool = False) -> Base:
     """Of a model by any of its names; the arguments and errors are those of `read_config`."""
     config = read_config(name, only_here=only_here)
     return Base(
-        name=str(demo_folder()) if name == DEMO_NAME else name,
+        name=lasting_name(name),
         method=GGUF if Path(name).suffix.lower() == GGUF_SUFFIX else quantization_method(config),
         config=config.get_text_config(decoder=True),
     )

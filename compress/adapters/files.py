@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from longshadow.compress.adapters.atomic import whole_folder
 from longshadow.compress.solver import Factors
+from longshadow.model_sources import lasting_name
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -25,7 +26,7 @@ def save_adapter(
     Args:
         folder: must not exist, or be empty.
         layers: by the names of the modules in the base model; layers of rank 0 are left out by the caller.
-        base_model: where runtimes find the quantised model: a folder or a hub id.
+        base_model: where runtimes find the quantised model: a folder, which is recorded as its whole path, or a hub id.
         others: contents of more files, by their names.
 
     Raises ValueError where the folder holds something, or there are no layers.
@@ -36,7 +37,7 @@ def save_adapter(
     for name, factors in layers.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = factors.lora_a.contiguous().cpu()
         tensors[f"base_model.model.{name}.lora_B.weight"] = factors.lora_b.contiguous().cpu()
-    text = json.dumps(adapter_config(layers, base_model), indent=2) + "\n"
+    text = json.dumps(adapter_config(layers, lasting_name(base_model)), indent=2) + "\n"
     with whole_folder(folder) as partial:
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         for name, content in {CONFIG: text, **(others or {})}.items():

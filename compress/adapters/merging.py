@@ -11,6 +11,7 @@ import torch
 from longshadow.compress.adapters.files import save_adapter
 from longshadow.compress.adapters.reading import Adapter
 from longshadow.compress.solver import Factors
+from longshadow.model_sources import lasting_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,8 @@ def merge_adapters(first: Adapter, second: Adapter, output: Path) -> Merged:
     dtype = torch.promote_types(first.dtype, second.dtype)
     names = dict.fromkeys([*first.layers, *second.layers])
     layers = {name: _sum(name, [a for a in (first, second) if name in a.layers], dtype) for name in names}
-    save_adapter(output, layers, base_model=first.base_model or second.base_model)
+    base_model = lasting_name(first.base_model or second.base_model)
+    save_adapter(output, layers, base_model=base_model)
     return Merged(
         output=str(output),
         layers=len(layers),
@@ -60,7 +62,7 @@ def merge_adapters(first: Adapter, second: Adapter, output: Path) -> Merged:
         rank=max(factors.rank for factors in layers.values()),
         dtype=str(dtype).removeprefix("torch."),
         num_bytes=sum(f.lora_a.nbytes + f.lora_b.nbytes for f in layers.values()),
-        base_model=first.base_model or second.base_model,
+        base_model=base_model,
         other_base=second.base_model if first.base_model and second.base_model != first.base_model else None,
     )
 

@@ -220,14 +220,12 @@ def export(
 
             exported = export_padded(read, output, number)
         else:
-            from longshadow.compress.adapters.bases import read_base
+            from longshadow.compress.adapters.bases import base_of, read_base
             from longshadow.compress.adapters.gguf_export import export_gguf
             from longshadow.compress.adapters.merged_export import export_merged
 
-            if not (name := base or read.base_model):
-                raise ValueError(f"{adapter} does not name its base: give it with --base")
             write = export_gguf if to is Format.gguf else export_merged
-            exported = write(read, read_base(name), output, number)
+            exported = write(read, base_of(read) if base is None else read_base(base), output, number)
         if json_output:
             print(json.dumps(asdict(exported)))
         else:

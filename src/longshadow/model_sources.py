@@ -63,17 +63,26 @@ def quantization_method(config: PreTrainedConfig) -> str:
 
 def model_files(name: str) -> list[Path]:
     """Files with weights of a model that lies on this machine; of one on the hub, what has been downloaded."""
-    path = Path(name).expanduser()
+    path = Path(lasting_name(name))
     if path.is_file():
         return [path]
-    if name == DEMO_NAME:
-        path = demo_folder()
-    elif not path.is_dir():
+    if not path.is_dir():
         config = cached_file(name, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
         if config is None:
             return []
         path = Path(config).parent
     return sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".gguf"))
+
+
+def lasting_name(name: str) -> str:
+    """The name that a file may record: where the model lies on this machine, from whatever folder it is read later.
+
+    A hub id stays, and so does a name that nothing here has.
+    """
+    if name == DEMO_NAME:
+        return str(demo_folder())
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name and path.exists() else name
 
 
 def demo_folder() -> Path:

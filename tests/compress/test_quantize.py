@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longshadow.compress.blocks import decoder_blocks, linear_layers
@@ -36,6 +37,18 @@ def test_two_of_four(tmp_path: Path) -> None:
             assert (kept.sum(1) == 2).all() and torch.equal(weight[kept], given[kept])
             assert (given.abs().masked_fill(kept, 0).amax(1) <= given.abs().masked_fill(~kept, 9).amin(1)).all()
     assert torch.equal(pruned.get_input_embeddings().weight, tiny_model().get_input_embeddings().weight)
+    assert load_file(weights).keys() == load_file(source / "model.safetensors").keys()
+
+
+def test_the_same_original_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a relative path from its parent's folder, and by its whole path."""
+    write_folder(tmp_path / "original")
+    monkeypatch.chdir(tmp_path)
+    quantize_model("original", "2:4", tmp_path / "quantized")
+    before = (tmp_path / "quantized" / "model.safetensors").stat().st_mtime_ns
+    monkeypatch.chdir("/")
+    quantize_model(str(tmp_path / "original"), "2:4", tmp_path / "quantized")
+    assert (tmp_path / "quantized" / "model.safetensors").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """A model folder that computes what the base and its adapter do."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,6 +39,10 @@ def test_the_folder_computes_the_sum(tmp_path: Path, dtype: torch.dtype, monkeyp
     merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     expected = with_products(tiny_model().to(dtype), (layers, dict.fromkeys(layers, 1.5)))
     assert merged.dtype == dtype
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == load_file(tmp_path / "base" / "model.safetensors").keys()
+    written = {path.name for path in (tmp_path / "merged").iterdir() if not path.name.startswith("model")}
+    assert written == {path.name for path in (tmp_path / "base").iterdir() if not path.name.startswith("model")}
     for name, weight in merged.state_dict().items():
         assert torch.equal(weight, expected.state_dict()[name])
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("the").input_ids == tiny_tokenizer()("the").input_ids
