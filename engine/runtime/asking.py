@@ -55,7 +55,9 @@ def _submit_all(engine: Engine, waiting: list[Request], *, can_wait: bool) -> No
         can_wait = True
 
 
-async def follow(engine: Engine, request: Request, owner: object) -> AsyncGenerator[RequestOutput, None]:
+async def follow(
+    engine: Engine, request: Request, owner: object, on_queued: Callable[[], None] | None = None
+) -> AsyncGenerator[RequestOutput, None]:
     """Outputs as they grow; leaving early cancels the request. Holds `owner`, with which the engine would be closed."""
     loop = asyncio.get_running_loop()
     arrived: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
@@ -67,6 +69,8 @@ async def follow(engine: Engine, request: Request, owner: object) -> AsyncGenera
     request.sink, request.streams = deliver, True
     engine.submit(request)
     try:
+        if on_queued is not None:
+            on_queued()
         while True:
             item = await arrived.get()
             if isinstance(item, Exception):

@@ -162,17 +162,22 @@ class LLM:
         *,
         document: Document | None = None,
         request_id: str | None = None,
+        on_queued: Callable[[], None] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs as they grow, each with everything so far; the last one is finished.
 
         Leaving the loop early (`aclose`) cancels the request. The request starts with the first iteration.
+
+        Args:
+            on_queued: called at the first iteration, once the engine has taken the request and only its turn is waited
+                for.
 
         Raises:
             RequestTooLong: here; QueueFull and EngineClosed: at the first iteration.
         """
         request = self._intake.request(prompt, sampling_params or SamplingParams(), document, lambda item: None)
         request.id = request_id or request.id
-        return follow(self._engine, request, owner=self)
+        return follow(self._engine, request, self, on_queued)
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request, whose last output then says so; False when there is none that is open."""

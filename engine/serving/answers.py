@@ -1,5 +1,6 @@
 """OpenAI's answers, whole and in chunks, made of the engine's outputs."""
 
+import asyncio
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -24,17 +25,19 @@ class Answer(ABC):
 
     Args:
         num_choices: completions of each prompt.
-        num_document_tokens: of the document that the prompts continue.
+
+    Attributes:
+        num_document_tokens: of the document that the prompts continue, once it has been read.
     """
 
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
     id_prefix: ClassVar[str]
 
-    def __init__(self, *, model: str, num_choices: int, num_document_tokens: int) -> None:
+    def __init__(self, *, model: str, num_choices: int) -> None:
         self._head = {"id": f"{self.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._num_choices = num_choices
-        self._num_document_tokens = num_document_tokens
+        self.num_document_tokens = 0
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """The answer in one piece."""
@@ -46,9 +49,9 @@ class Answer(ABC):
         return self._body(self.whole_object, choices, usage=self._usage(outputs))
 
     async def events(
-        self, first: Item, rest: AsyncGenerator[Item, None], *, with_usage: bool
+        self, first: "asyncio.Future[Item]", rest: AsyncGenerator[Item, None], *, with_usage: bool
     ) -> AsyncGenerator[Event, None]:
-        """The answer in chunks; what fails on the way becomes the last event."""
+        """The answer in chunks, of which the first may be to come; what fails on the way becomes the last event."""
         told: dict[int, CompletionOutput] = {}
         newest: dict[int, RequestOutput] = {}
         # With include_usage every chunk has the field, and only the last one a value.
@@ -78,7 +81,7 @@ class Answer(ABC):
     def _usage(self, outputs: Iterable[RequestOutput]) -> dict[str, Any]:
         prompt = completion = cached = 0
         for output in outputs:
-            prompt += self._num_document_tokens + len(output.prompt_token_ids)
+            prompt += self.num_document_tokens + len(output.prompt_token_ids)
             completion += sum(len(one.token_ids) for one in output.outputs)
             cached += output.num_cached_tokens
         return {
@@ -152,7 +155,7 @@ def _has_ended(before: CompletionOutput | None, now: CompletionOutput) -> bool:
     return now.finish_reason is not None and (before is None or before.finish_reason is None)
 
 
-async def _chained(first: Item, rest: AsyncGenerator[Item, None]) -> AsyncGenerator[Item, None]:
-    yield first
+async def _chained(first: "asyncio.Future[Item]", rest: AsyncGenerator[Item, None]) -> AsyncGenerator[Item, None]:
+    yield await first
     async for item in rest:
         yield item

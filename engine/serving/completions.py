@@ -1,15 +1,18 @@
 """/v1/chat/completions and /v1/completions."""
 
 import asyncio
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from longshadow.engine.serving.answers import Answer, ChatAnswer, CompletionAnswer
-from longshadow.engine.serving.bodies import ChatCompletionBody, CompletionBody, Generation
-from longshadow.engine.serving.connection import EventStream, while_connected
+from longshadow.engine.serving.answers import Answer, ChatAnswer, CompletionAnswer, Item
+from longshadow.engine.serving.bodies import MOST_TOKENS, ChatCompletionBody, CompletionBody, Generation
+from longshadow.engine.serving.connection import EventStream, cancelled, while_connected
 from longshadow.engine.serving.errors import as_api_error, too_slow
 from longshadow.engine.serving.generation import Prompt, last_outputs, newest_outputs
 from longshadow.engine.serving.replies import ChatCompletion, Completion, refusals
@@ -32,66 +35,113 @@ def completion_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=RESPONSES)
     async def chat_completions(body: ChatCompletionBody, request: Request) -> Any:
-        service.check_model(body.model)
-        document, deadline = await _document_and_deadline(service, body, request)
-        try:
-            turns = [message.as_turn() for message in body.messages]
-            prompt = await asyncio.to_thread(service.llm.chat_prompt, turns, document=document)
-        except Exception as error:
-            raise as_api_error(error) from error
-        max_tokens = body.chosen_max_tokens() or _room(service, len(prompt), document)
-        return await _answer(service, request, body, [prompt], document, max_tokens, deadline, ChatAnswer)
+        turns = [message.as_turn() for message in body.messages]
+        size = sum(len(turn["content"]) for turn in turns)
+
+        async def prompts(document: "Document | None") -> list[Prompt]:
+            encode = functools.partial(service.llm.chat_prompt, turns, document=document)
+            return [await service.encoding.run(size, encode)]
+
+        asked = _Asked(service, body, prompts, body.chosen_max_tokens(), ChatAnswer)
+        return await asked.answered(request)
 
     @router.post("/v1/completions", response_model=Completion, responses=RESPONSES)
     async def completions(body: CompletionBody, request: Request) -> Any:
-        service.check_model(body.model)
-        document, deadline = await _document_and_deadline(service, body, request)
-        max_tokens = body.max_tokens or DEFAULT_MAX_TOKENS
-        return await _answer(service, request, body, body.prompts(), document, max_tokens, deadline, CompletionAnswer)
+        async def prompts(document: "Document | None") -> list[Prompt]:
+            return list(body.prompts())
+
+        return await _Asked(service, body, prompts, body.max_tokens or DEFAULT_MAX_TOKENS, CompletionAnswer).answered(
+            request
+        )
 
     return router
 
 
-async def _document_and_deadline(
-    service: Service, body: Generation, request: Request
-) -> "tuple[Document | None, float]":
-    """The document that a request names, once it has been read; and the moment when its time is over."""
-    deadline = asyncio.get_running_loop().time() + service.settings.request_seconds
-    if body.document is None:
-        return None, deadline
+class _Asked:
+    """A request that generates, from its body to its answer.
+
+    Args:
+        prompts: makes its prompts, once the document that it names has been read.
+        max_tokens: of each completion; None: what is left.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        body: Generation,
+        prompts: "Callable[[Document | None], Awaitable[list[Prompt]]]",
+        max_tokens: int | None,
+        kind: type[Answer],
+    ) -> None:
+        service.check_model(body.model)
+        try:
+            self._params = body.sampling_params(max_tokens or MOST_TOKENS)
+        except ValueError as error:
+            raise as_api_error(error) from error
+        self._service = service
+        self._body = body
+        self._prompts = prompts
+        self._max_tokens = max_tokens
+        self._answer = kind(model=body.model, num_choices=self._params.n)
+        self._deadline = asyncio.get_running_loop().time() + service.settings.request_seconds
+
+    async def answered(self, request: Request) -> Response | dict[str, Any]:
+        """The answer, or a stream of it; a stream begins when nothing is left to do but to wait."""
+        waiting = asyncio.Event()
+        outputs = self._outputs(waiting.set)
+        if not self._body.stream:
+            return self._answer.whole(await while_connected(request.receive, last_outputs(outputs)))
+        first = asyncio.ensure_future(anext(outputs))
+        try:
+            await while_connected(request.receive, _either(first, waiting))
+        except BaseException:
+            await cancelled(first)
+            raise
+        # What went wrong until here has a status of its own; later it is told by an event.
+        if first.done():
+            first.result()
+        events = self._answer.events(first, outputs, with_usage=self._body.wants_usage)
+        return EventStream(events, comment_seconds=self._service.settings.comment_seconds)
+
+    async def _outputs(self, on_waiting: Callable[[], None]) -> AsyncGenerator[Item, None]:
+        """Every newest output, after the document has been read and the messages were encoded.
+
+        Raises:
+            ApiError: anything went wrong, or the time is over.
+        """
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                document, prompts = await self._beginning(on_waiting)
+            params = self._params
+            if self._max_tokens is None:
+                params = dataclasses.replace(params, max_tokens=self._room(len(prompts[0]), document))
+        except TimeoutError as error:
+            raise too_slow(self._service.settings.request_seconds) from error
+        except Exception as error:
+            raise as_api_error(error) from error
+        outputs = newest_outputs(self._service, prompts, params, document, self._deadline, on_waiting)
+        async with aclosing(outputs):
+            async for item in outputs:
+                yield item
+
+    async def _beginning(self, on_waiting: Callable[[], None]) -> "tuple[Document | None, list[Prompt]]":
+        document = None
+        if self._body.document is not None:
+            document = await self._service.documents.when_ready(self._body.document, on_waiting)
+            self._answer.num_document_tokens = document.num_tokens
+        return document, await self._prompts(document)
+
+    def _room(self, num_prompt_tokens: int, document: "Document | None") -> int:
+        """Tokens that a chat's answer gets where the request does not say."""
+        used = num_prompt_tokens + (document.num_tokens if document else 0)
+        # At least 1: a prompt that leaves no room is refused by the engine, which says by how much.
+        return max(1, min(self._service.settings.default_max_tokens, self._service.llm.max_model_len - used))
+
+
+async def _either(first: "asyncio.Future[Item]", waiting: asyncio.Event) -> None:
+    """Waits for a first output, or until it is only waited for."""
+    wait = asyncio.ensure_future(waiting.wait())
     try:
-        async with asyncio.timeout_at(deadline):
-            document = await while_connected(request.receive, service.documents.when_ready(body.document))
-    except TimeoutError as error:
-        raise too_slow(service.settings.request_seconds) from error
-    return document, deadline
-
-
-def _room(service: Service, num_prompt_tokens: int, document: "Document | None") -> int:
-    """Tokens that a chat's answer gets where the request does not say."""
-    used = num_prompt_tokens + (document.num_tokens if document else 0)
-    # At least 1: a prompt that leaves no room is refused by the engine, which says by how much.
-    return max(1, min(service.settings.default_max_tokens, service.llm.max_model_len - used))
-
-
-async def _answer(
-    service: Service,
-    request: Request,
-    body: Generation,
-    prompts: Sequence[Prompt],
-    document: "Document | None",
-    max_tokens: int,
-    deadline: float,
-    kind: type[Answer],
-) -> Response | dict[str, Any]:
-    try:
-        params = body.sampling_params(max_tokens)
-    except ValueError as error:
-        raise as_api_error(error) from error
-    answer = kind(model=body.model, num_choices=params.n, num_document_tokens=document.num_tokens if document else 0)
-    outputs = newest_outputs(service, prompts, params, document, deadline)
-    if not body.stream:
-        return answer.whole(await while_connected(request.receive, last_outputs(outputs)))
-    # The status is sent with the first token, so that a request that is refused or waits too long gets its own.
-    first = await while_connected(request.receive, anext(outputs))
-    return EventStream(answer.events(first, outputs, with_usage=body.wants_usage))
+        await asyncio.wait((first, wait), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await cancelled(wait)

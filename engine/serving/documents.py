@@ -7,6 +7,7 @@ import re
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,13 +128,15 @@ class DocumentStore:
             raise ApiError(404, f"there is no document {identity!r}", param="document", code="document_not_found")
         return record
 
-    async def when_ready(self, identity: str) -> "Document":
-        """The engine's document, once it has been read.
+    async def when_ready(self, identity: str, on_waiting: Callable[[], None]) -> "Document":
+        """The engine's document, once it has been read; `on_waiting` is called if it is there, but was not read yet.
 
         Raises:
             ApiError: there is none, or it cannot be read.
         """
         record = self.find(identity)
+        if not record.done.done():
+            on_waiting()
         await asyncio.shield(asyncio.wrap_future(record.done))
         if record.is_deleted:
             self.find(identity)

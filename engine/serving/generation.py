@@ -1,7 +1,8 @@
 """From a request's prompts to the engine's outputs, within the time that the request has."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+import functools
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,12 @@ Prompt = str | list[int]
 
 
 async def newest_outputs(
-    service: Service, prompts: Sequence[Prompt], params: SamplingParams, document: "Document | None", deadline: float
+    service: Service,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    document: "Document | None",
+    deadline: float,
+    on_waiting: Callable[[], None],
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """Outputs with the number of their prompt as they come; closing the generator cancels what still runs.
 
@@ -25,18 +31,26 @@ async def newest_outputs(
 
     Args:
         deadline: a moment of the event loop's clock.
+        on_waiting: called when the engine has taken all prompts, and they wait for their turns.
 
     Raises:
         ApiError: a prompt was refused, the time is over, or the engine has ended.
     """
     newest: dict[int, RequestOutput] = {}
     news = asyncio.Event()
+    num_queued = 0
+
+    def queued() -> None:
+        nonlocal num_queued
+        num_queued += 1
+        if num_queued == len(prompts):
+            on_waiting()
 
     async def follow(index: int, prompt: Prompt) -> None:
         output = None
         try:
-            # It tokenises the prompt, which other requests need not wait for.
-            outputs = await asyncio.to_thread(service.llm.stream, prompt, params, document=document)
+            stream = functools.partial(service.llm.stream, prompt, params, document=document, on_queued=queued)
+            outputs = await service.encoding.run(len(prompt), stream)
             async with aclosing(outputs):
                 async for output in outputs:
                     newest[index] = output

@@ -62,7 +62,7 @@ def run(service: Service, bound: socket.socket) -> None:
         make_server(service).run([bound])
     finally:
         service.llm.close()
-        service.documents.close()
+        service.close()
 
 
 def make_server(service: Service) -> "GracefulServer":

@@ -20,6 +20,7 @@ class ServingSettings:
         max_connections: clients connected at once, as far as the limit of open files allows, at least 1.
         patience_seconds: what a client gets to send a request's headers, to go on with its body, and to take what was
             sent to it, above 0.
+        comment_seconds: a stream on which nothing comes for so long gets a comment, so that no proxy cuts it, above 0.
         request_seconds: a request, queueing included, that takes longer is ended (503), above 0.
         grace_seconds: what open requests get to finish when the server stops, at least 0; then they are failed.
         default_max_tokens: tokens of a chat answer at most, where the request does not say, at least 1.
@@ -34,6 +35,7 @@ class ServingSettings:
     max_body_bytes: int = 32 * MEBIBYTE
     max_connections: int = 1024
     patience_seconds: float = 30.0
+    comment_seconds: float = 10.0
     request_seconds: float = 600.0
     grace_seconds: float = 30.0
     default_max_tokens: int = 1024
@@ -51,7 +53,7 @@ class ServingSettings:
             raise ValueError(f"max_body_bytes must be at least 1,024, got {self.max_body_bytes}")
         if self.max_connections < 1:
             raise ValueError(f"max_connections must be at least 1, got {self.max_connections}")
-        for name in ("patience_seconds", "request_seconds"):
+        for name in ("patience_seconds", "comment_seconds", "request_seconds"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.grace_seconds < float("inf"):

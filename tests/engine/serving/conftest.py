@@ -69,7 +69,7 @@ def serving(llm, *, keeps_engine=False, **settings):
         assert not thread.is_alive(), "the server did not stop"
         if not keeps_engine:
             llm.close()
-        service.documents.close()
+        service.close()
 
 
 @pytest.fixture(scope="session")

@@ -38,9 +38,17 @@ class FakeEngine:
     """Answers "0 1 2 ..." a word every `tempo` seconds, and counts what is open."""
 
     def __init__(
-        self, *, tempo=0.0, failure=None, failure_after=0, document_tempo=0.0, document_failure=None, word="{}"
+        self,
+        *,
+        tempo=0.0,
+        failure=None,
+        failure_after=0,
+        document_tempo=0.0,
+        document_failure=None,
+        word="{}",
+        queue_seconds=0.0,
     ):
-        self.word = word
+        self.word, self.queue_seconds = word, queue_seconds
         self.tempo, self.failure, self.failure_after = tempo, failure, failure_after
         self.document_tempo, self.document_failure = document_tempo, document_failure
         self.max_model_len = 4096
@@ -48,13 +56,18 @@ class FakeEngine:
         self.documents = []
         self._closed = threading.Event()
 
-    async def stream(self, prompt, sampling_params=None, *, document=None, request_id=None):
+    async def stream(self, prompt, sampling_params=None, *, document=None, request_id=None, on_queued=None):
         self._check()
+        if self.failure is not None and not self.failure_after:
+            raise self.failure
         params = sampling_params or SamplingParams()
         arrival = time.monotonic()
         self.num_open += 1
         self.num_started += 1
         try:
+            if on_queued is not None:
+                on_queued()
+            await asyncio.sleep(self.queue_seconds)
             for step in itertools.count(1):
                 if self.failure is not None and step > self.failure_after:
                     raise self.failure

@@ -18,7 +18,7 @@ LONG = 10_000
 
 def events_of(response):
     """The data of each event of a stream."""
-    return [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    return [line.removeprefix("data: ") for line in response.text.splitlines() if line and not line.startswith(":")]
 
 
 @pytest.mark.parametrize("body", [CHAT, COMPLETION], ids=["chat", "completion"])
@@ -107,8 +107,11 @@ def test_time_that_runs_out(stream):
 def test_time_in_the_queue_counts():
     with serving(FakeEngine(document_tempo=5.0), request_seconds=0.3) as server, server.client() as client:
         identity = client.post("/v1/documents", json={"text": "some text"}).json()["id"]
-        response = client.post("/v1/completions", json=COMPLETION | {"document": identity, "stream": True})
+        response = client.post("/v1/completions", json=COMPLETION | {"document": identity})
         assert refusal(response, 503)["code"] == "timeout"
+        response = client.post("/v1/completions", json=COMPLETION | {"document": identity, "stream": True})
+        assert response.status_code == 200
+        assert [json.loads(event)["error"]["code"] for event in events_of(response)] == ["timeout"]
         client.delete(f"/v1/documents/{identity}")
 
 
