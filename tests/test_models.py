@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
 
 from longshadow import model_sources
 from longshadow.gguf_files import sha256
-from longshadow.models import LoadedModel, load_model, max_positions
+from longshadow.models import LoadedModel, load_model
 from tests.tiny_models import MAX_POSITIONS, write_folder, write_gguf
 
 PROMPT = torch.arange(1, 40).unsqueeze(0)
@@ -170,17 +169,3 @@ def test_impossible_device(folder: Path, device: str) -> None:
     message = message_of(folder, device)
     assert device in message
     assert "--device cpu" in message
-
-
-def test_positions_include_the_rotary_scaling() -> None:
-    config = LlamaConfig(
-        max_position_embeddings=1000,
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": 10_000.0,
-            "factor": 4.0,
-            "original_max_position_embeddings": 1000,
-        },
-    )
-    assert max_positions(config) == 4000
-    assert max_positions(LlamaConfig(max_position_embeddings=1000)) == 1000

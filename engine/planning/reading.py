@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from longshadow.engine.planning.hardware import Format
 from longshadow.engine.planning.model_shape import ModelShape
+from longshadow.lengths import max_positions, rope_parameters
 
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 
@@ -39,7 +40,7 @@ SHAPES = {
         _llama("glm-4-9b-1m", 40, 4096, 13_696, 32, 4, vocab_size=151_552, max_positions=1_048_576, rotary_dim=64),
         _llama("yi-9b-200k", 48, 4096, 11_008, 32, 4, vocab_size=64_000, max_positions=262_144),
         _llama("mistral-7b-v0.3", 32, 4096, 14_336, 32, 8, vocab_size=32_768, max_positions=32_768),
-        _llama("phi-3-mini-128k", 32, 3072, 8192, 32, 32, vocab_size=32_064, max_positions=131_072),
+        _llama("phi-3-mini-128k", 32, 3072, 8192, 32, 32, vocab_size=32_064, max_positions=4096),
         _llama("qwen2.5-7b-1m", 28, 3584, 18_944, 28, 4, vocab_size=152_064, max_positions=1_010_000),
         _llama(
             "qwen3-4b",
@@ -101,8 +102,7 @@ def shape_of(config: Mapping[str, Any], name: str) -> ModelShape:
     hidden_size = _size(config, name, "hidden_size")
     head_dim = config.get("head_dim") or hidden_size // num_heads
     num_layers = _size(config, name, "num_hidden_layers")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    partial = config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
+    partial = config.get("partial_rotary_factor") or rope_parameters(config)[0].get("partial_rotary_factor") or 1.0
     num_experts = next((config[key] for key in ("num_experts", "num_local_experts") if config.get(key)), 1)
     expert_size = config.get("moe_intermediate_size") if num_experts > 1 else None
     model_type = str(config.get("model_type", ""))
@@ -117,7 +117,7 @@ def shape_of(config: Mapping[str, Any], name: str) -> ModelShape:
         head_dim=head_dim,
         vocab_size=_size(config, name, "vocab_size"),
         rotary_dim=int(head_dim * partial),
-        max_positions=_max_positions(config, rope),
+        max_positions=max_positions(config),
         tied_embeddings=bool(config.get("tie_word_embeddings", model_type.startswith(("gemma", "cohere")))),
         num_ffn_matrices=2 if model_type == "phi" else 3,
         num_experts=num_experts,
@@ -161,12 +161,6 @@ def _num_sliding_layers(config: Mapping[str, Any], name: str, num_layers: int) -
         return 0
     period = config.get("sliding_window_pattern")
     return num_layers - num_layers // period if period else num_layers
-
-
-def _max_positions(config: Mapping[str, Any], rope: Mapping[str, Any]) -> int | None:
-    limit: int | None = config.get("max_position_embeddings")
-    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
-    return max(limit, int(original * factor)) if limit and original and factor else limit
 
 
 def _quantization(config: Mapping[str, Any], name: str) -> tuple[float | None, Format]:

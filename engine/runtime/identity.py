@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from longshadow.engine.runtime.shapes import LayerShape
 from longshadow.engine.shadowkv import ShadowKVConfig
-from longshadow.engine.shadowkv.families import rope_parameters
+from longshadow.lengths import rope_parameters
 
 SAMPLED_ELEMENTS = 256
 # What does not change a document's segments: how they are attended to, and where they are kept.
@@ -33,11 +33,12 @@ def requirements(
     model: PreTrainedModel, shapes: list[LayerShape], config: ShadowKVConfig, fingerprint: str
 ) -> dict[str, Any]:
     """Everything that makes segments of one engine those of another, as JSON."""
+    text_config = model.config.get_text_config(decoder=True)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in USES}
     return {
         "model": fingerprint,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "rope": [{key: rope[key] for key in sorted(rope)} for rope in rope_parameters(model)],
+        "rope": [{key: rope[key] for key in sorted(rope)} for rope in rope_parameters(text_config.to_dict())],
         "shadowkv": settings,
         "layers": [{name: getattr(shape, name) for name in SHAPES} for shape in shapes],
     }

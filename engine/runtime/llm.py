@@ -21,11 +21,12 @@ from longshadow.engine.runtime.loading import end_tokens, load
 from longshadow.engine.runtime.memory import Bytes, MemoryBudget
 from longshadow.engine.runtime.outputs import EngineStatistics, RequestOutput
 from longshadow.engine.runtime.prefixes import PrefixCache
-from longshadow.engine.runtime.runner import ModelRunner, length_limit
+from longshadow.engine.runtime.runner import ModelRunner
 from longshadow.engine.runtime.sampling_params import SamplingParams
 from longshadow.engine.runtime.scheduler import CHUNK_MULTIPLE
 from longshadow.engine.runtime.workspace import step_workspace
 from longshadow.engine.shadowkv import ShadowKVConfig
+from longshadow.models import max_positions
 
 DEFAULT_MODEL_LEN = 32_768
 # Of each place's memory, for heads of earlier prompts.
@@ -243,7 +244,7 @@ class LLM:
 
 
 def _model_len(model: PreTrainedModel, wanted: int | None) -> int:
-    limit = length_limit(model)
+    limit = max_positions(model.config)
     if wanted is None:
         return limit or DEFAULT_MODEL_LEN
     if limit is not None and wanted > limit:

@@ -21,17 +21,14 @@ from longshadow.engine.shadowkv.attention import activate, deactivate
 from longshadow.engine.shadowkv.choice import choose_operators, decode_batch
 from longshadow.engine.shadowkv.decode import StepCounts
 from longshadow.engine.shadowkv.families import (
-    LENGTH_DEPENDENT_ROPE,
     AttentionLayer,
     describe_attention,
-    rope_parameters,
 )
 from longshadow.engine.shadowkv.query_weights import QueryEnergy
 from longshadow.engine.shadowkv.rope import Rotation
 from longshadow.engine.shadowkv.sequence import RotationTable
 from longshadow.engine.shadowkv.step_buffers import Geometry
 from longshadow.linears import run_on_onednn
-from longshadow.models import max_positions
 
 
 class ModelRunner:
@@ -195,15 +192,3 @@ class ModelRunner:
 def _give_back(model: PreTrainedModel, undo_linears: Callable[[], None]) -> None:
     deactivate(model)
     undo_linears()
-
-
-def length_limit(model: PreTrainedModel) -> int | None:
-    """Positions at which sequences of all lengths can share a batch; None without a limit."""
-    text_config = model.config.get_text_config(decoder=True)
-    limit = max_positions(model.config)
-    for parameters in rope_parameters(model):
-        name = LENGTH_DEPENDENT_ROPE.get(parameters.get("rope_type", "default"))
-        if name is not None:
-            fixed = parameters.get(name) or getattr(text_config, name, None) or text_config.max_position_embeddings
-            limit = fixed if limit is None else min(limit, fixed)
-    return limit

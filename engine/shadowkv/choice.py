@@ -9,7 +9,7 @@ from longshadow.engine.ops.backend import AUTO, REFERENCE, Shapes
 from longshadow.engine.shadowkv.batch_memory import ROW_KINDS
 from longshadow.engine.shadowkv.config import ShadowKVConfig
 from longshadow.engine.shadowkv.decode_batch import DecodeBatch
-from longshadow.engine.shadowkv.families import LENGTH_DEPENDENT_ROPE, rope_parameters
+from longshadow.lengths import LENGTH_DEPENDENT_ROPE, rope_kind, rope_parameters
 
 logger = logging.get_logger(__name__)
 
@@ -58,7 +58,7 @@ def why_not_ahead(model: PreTrainedModel, batch: DecodeBatch | None, *, has_wind
         return "operators do not run"
     if has_windows:
         return "the model has layers with sliding windows, whose caches move"
-    kinds = {rope.get("rope_type") for rope in rope_parameters(model)}
+    kinds = {rope_kind(rope) for rope in rope_parameters(model.config.get_text_config(decoder=True).to_dict())}
     for kind in LENGTH_DEPENDENT_ROPE:
         if kind in kinds:
             return f"angles of {kind} RoPE depend on the length of the batch"

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, get_layer_types_and_kwargs
 
 from longshadow.engine.shadowkv.rope import RotaryLayout, Rotation, rotate
@@ -20,8 +20,6 @@ from longshadow.engine.shadowkv.rope import RotaryLayout, Rotation, rotate
 FULL_ATTENTION = "full_attention"
 STOCK_LAYER_TYPES = ("sliding_attention",)
 PROBE_POSITIONS = (0, 1, 5, 11, 30)
-# Kinds of RoPE whose angles depend on the longest sequence of a batch, beyond as many positions as this says.
-LENGTH_DEPENDENT_ROPE = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -48,20 +46,26 @@ class RotaryAngles:
         modules = [module for name, module in model.named_modules() if name.split(".")[-1] == "rotary_emb"]
         self._module: nn.Module | None = modules[0] if modules else None
         self._by_type = self._module is not None and "layer_type" in inspect.signature(self._module.forward).parameters
-        self._dtype = model.dtype
+        self.dtype = model.dtype
+        config = model.config.get_text_config(decoder=True)
+        self._parameters: Any = getattr(config, "rope_parameters", None) or {}
 
-    def cos_sin(self, layer_type: str, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [B, T, .] as the model's layers get them, for positions [B, T]."""
+    def cos_sin(self, layer_type: str, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """cos and sin [B, T, .] as the model's layers get them, for positions [B, T]; None for layers without RoPE."""
         if self._module is None:
             raise ValueError("ShadowKV needs the model's rotary_emb module, and this model has none")
-        like = torch.empty(0, dtype=self._dtype, device=position_ids.device)
+        if self._by_type and self._parameters.get(layer_type) is None:
+            return None
+        like = torch.empty(0, dtype=self.dtype, device=position_ids.device)
         arguments = (layer_type,) if self._by_type else ()
         cos, sin = self._module(like, position_ids, *arguments)
         return cos, sin
 
     def rotation(self, layer_type: str, position_ids: torch.Tensor, layout: RotaryLayout) -> Rotation:
         """One cos and sin per rotated pair [B, T, P]."""
-        cos, sin = self.cos_sin(layer_type, position_ids)
+        angles = self.cos_sin(layer_type, position_ids)
+        assert angles is not None
+        cos, sin = angles
         return Rotation(_per_pair(cos, layout), _per_pair(sin, layout))
 
 
@@ -79,17 +83,10 @@ def describe_attention(model: PreTrainedModel) -> tuple[list[AttentionLayer | No
 
     Raises ValueError with the reason for models that ShadowKV does not support.
     """
+    name = type(model).__name__
+    check_configuration(model.config, name)
     config = model.config.get_text_config(decoder=True)
-    if model.config.is_encoder_decoder:
-        _refuse(model, "it is an encoder-decoder")
-    if getattr(config, "kv_lora_rank", None):
-        _refuse(model, "it caches latent vectors (multi-head latent attention), not keys")
-    if getattr(config, "num_kv_shared_layers", None):
-        _refuse(model, "some of its layers share keys and values")
     layer_types, _ = get_layer_types_and_kwargs(config)
-    for layer_type in layer_types:
-        if layer_type not in (FULL_ATTENTION, *STOCK_LAYER_TYPES):
-            _refuse(model, f"it has layers of type {layer_type!r}")
     modules = _attention_modules(model)
     angles = RotaryAngles(model)
     layers: list[AttentionLayer | None] = []
@@ -98,16 +95,33 @@ def describe_attention(model: PreTrainedModel) -> tuple[list[AttentionLayer | No
             layers.append(None)
             continue
         if index not in modules:
-            _refuse(model, f"no attention module with position_embeddings was found for layer {index}")
+            _refuse(name, f"no attention module with position_embeddings was found for layer {index}")
         layout, key_width = _probe(modules[index], layer_type, angles, config.hidden_size)
         layers.append(AttentionLayer(module=modules[index], layer_type=layer_type, layout=layout, key_width=key_width))
-    if not any(layers):
-        _refuse(model, "it has no full-attention layer, so there is nothing to compress")
     return layers, angles
 
 
-def _refuse(model: PreTrainedModel, reason: str) -> NoReturn:
-    raise ValueError(f"ShadowKV does not support {type(model).__name__}: {reason}")
+def check_configuration(model_config: PreTrainedConfig, name: str) -> None:
+    """Raises ValueError, with the reason, for a configuration that ShadowKV does not support; `name`: of the model."""
+    config = model_config.get_text_config(decoder=True)
+    if model_config.is_encoder_decoder:
+        _refuse(name, "it is an encoder-decoder")
+    if getattr(config, "kv_lora_rank", None):
+        _refuse(name, "it caches latent vectors (multi-head latent attention), not keys")
+    if getattr(config, "num_kv_shared_layers", None):
+        _refuse(name, "some of its layers share keys and values")
+    if getattr(config, "is_heterogeneous", False):
+        _refuse(name, f"its layers differ in {', '.join(sorted(config.per_layer_attributes or ()))}")
+    layer_types, _ = get_layer_types_and_kwargs(config)
+    for layer_type in layer_types:
+        if layer_type not in (FULL_ATTENTION, *STOCK_LAYER_TYPES):
+            _refuse(name, f"it has layers of type {layer_type!r}")
+    if FULL_ATTENTION not in layer_types:
+        _refuse(name, "it has no full-attention layer, so there is nothing to compress")
+
+
+def _refuse(name: str, reason: str) -> NoReturn:
+    raise ValueError(f"ShadowKV does not support {name}: {reason}")
 
 
 def _attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
@@ -131,17 +145,37 @@ class _KeyProbe(DynamicCache):
         raise _KeysReached(key_states)
 
 
-def _keys_of(module: nn.Module, hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _keys_of(
+    module: nn.Module,
+    hidden: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
+    position_ids: torch.Tensor,
+) -> torch.Tensor:
+    # What models hand their layers; `shared_kv_states` is what layers that share keys put into it.
+    given: dict[str, Any] = dict(
+        hidden_states=hidden,
+        position_embeddings=angles,
+        position_ids=position_ids,
+        attention_mask=None,
+        past_key_values=_KeyProbe(),
+        shared_kv_states={},
+    )
+    parameters = inspect.signature(module.forward).parameters.values()
+    needed = [each for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+    unknown = [each.name for each in needed if each.name not in given]
+    if unknown:
+        raise ValueError(f"ShadowKV does not support {type(module).__name__}: it takes {', '.join(unknown)}")
+    names = {each.name for each in parameters}
     try:
         with torch.no_grad():
-            module(
-                hidden_states=hidden,
-                position_embeddings=angles,
-                attention_mask=None,
-                past_key_values=_KeyProbe(),
-            )
+            module(**{name: value for name, value in given.items() if name in names})
     except _KeysReached as reached:
         return reached.keys
+    # A module is its family's program, and may fail outside of its model in ways of its own.
+    except Exception as error:
+        raise ValueError(
+            f"ShadowKV does not support {type(module).__name__}: it cannot be tried by itself ({error})"
+        ) from error
     raise ValueError(f"ShadowKV does not support {type(module).__name__}: it does not hand its keys to the cache")
 
 
@@ -153,11 +187,15 @@ def _probe(
     weight = next(chain(module.parameters(), module.buffers()))
     device = torch.device("cpu") if weight.device.type == "meta" else weight.device
     position_ids = torch.tensor([PROBE_POSITIONS], device=device)
-    cos, sin = angles.cos_sin(layer_type, position_ids)
+    rotated_by = angles.cos_sin(layer_type, position_ids)
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, len(PROBE_POSITIONS), hidden_size, generator=generator).to(cos)
-    plain = _keys_of(module, hidden, (torch.ones_like(cos), torch.zeros_like(sin))).float()
-    rotated = _keys_of(module, hidden, (cos, sin)).float()
+    hidden = torch.randn(1, len(PROBE_POSITIONS), hidden_size, generator=generator).to(device, angles.dtype)
+    if rotated_by is None:
+        keys = _keys_of(module, hidden, None, position_ids)
+        return None, keys.shape[1] * keys.shape[3]
+    cos, sin = rotated_by
+    plain = _keys_of(module, hidden, (torch.ones_like(cos), torch.zeros_like(sin)), position_ids).float()
+    rotated = _keys_of(module, hidden, rotated_by, position_ids).float()
     key_width = plain.shape[1] * plain.shape[3]
     tolerance = 0.02 * float(rotated.norm())  # layouts that differ are off by a large part of the norm
     if float((rotated - plain).norm()) <= tolerance:
@@ -171,10 +209,3 @@ def _probe(
             if float((rotate(plain, rotation, layout) - rotated).norm()) <= tolerance:
                 return layout, key_width
     raise ValueError(f"ShadowKV does not support {type(module).__name__}: its rotary embedding is of an unknown form")
-
-
-def rope_parameters(model: PreTrainedModel) -> list[dict[str, Any]]:
-    """The rotary parameters of the configuration, one dictionary per kind of layer that has its own."""
-    parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    return nested or [parameters]

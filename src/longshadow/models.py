@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from longshadow import lengths
 from longshadow.gguf_files import load_gguf
 from longshadow.model_sources import (
     DEMO_NAME,
@@ -120,14 +121,8 @@ def choose_device(device: torch.device | str | None) -> torch.device:
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """Longest sequence of a configuration in tokens, its rotary scaling included; None without a limit."""
-    text_config = config.get_text_config(decoder=True)
-    limit: int | None = getattr(text_config, "max_position_embeddings", None)
-    scaling: dict[str, Any] = getattr(text_config, "rope_parameters", None) or {}
-    original, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
-    if limit is not None and original and factor:
-        return max(limit, int(original * factor))
-    return limit
+    """Longest sequence of a configuration in tokens, as `lengths.max_positions` says."""
+    return lengths.max_positions(config.get_text_config(decoder=True).to_dict())
 
 
 def _unpacked_dtype(device: torch.device) -> torch.dtype:

@@ -105,11 +105,12 @@ def parse_rank(text: str | None) -> int | None:
 
 
 def check_rank(shadowkv: "ShadowKVConfig", model_config: "PretrainedConfig") -> None:
-    """Raises `ValueError` for a rank above the width of the model's keys."""
+    """Raises `ValueError` for a model that ShadowKV does not support, and a rank above the width of its keys."""
+    from longshadow.engine.shadowkv.families import check_configuration
     from longshadow.generation import key_width
 
-    width = key_width(model_config)
-    if shadowkv.rank is not None and shadowkv.rank > width:
+    check_configuration(model_config, str(model_config.model_type))
+    if shadowkv.rank is not None and shadowkv.rank > (width := key_width(model_config)):
         raise ValueError(
             f"--rank must be between 1 and {width} (KV heads x head_dim) for this model, got {shadowkv.rank}"
         )

@@ -111,14 +111,6 @@ def test_quantised_weights(quantization: dict[str, Any], bits: float, number_for
     assert packed.weight_bytes - embeddings == pytest.approx((plain.weight_bytes - embeddings) * bits / 16, abs=1)
 
 
-def test_positions_with_their_scaling() -> None:
-    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}
-    for key in ("rope_scaling", "rope_parameters"):
-        shape = shape_of({**LLAMA, "max_position_embeddings": 32_768, key: scaling}, "it")
-        assert shape.max_positions == 131_072
-    assert shape_of(LLAMA, "it").max_positions is None
-
-
 def test_sliding_layers() -> None:
     types = ["sliding_attention", "full_attention"]
     assert shape_of({**LLAMA, "layer_types": types, "sliding_window": 8}, "it").num_full_layers == 1

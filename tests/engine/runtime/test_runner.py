@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from longshadow import ShadowKVCache, ShadowKVConfig
 from longshadow.engine.runtime.batch import Chunk
-from longshadow.engine.runtime.runner import ModelRunner, length_limit
+from longshadow.engine.runtime.runner import ModelRunner
 from longshadow.engine.runtime.state import SequenceState
 from longshadow.engine.shadowkv.segment import Segment
 from tests.engine.shadowkv.families import tiny_model
@@ -124,12 +124,6 @@ def test_questions_on_a_document_are_read_together() -> None:
     runner.close()
     assert span.call_count == len(document.layers)
     torch.testing.assert_close(found, expected)
-
-
-def test_rope_that_depends_on_the_longest_sequence_limits_the_length() -> None:
-    dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
-    assert length_limit(tiny_model("llama", rope_parameters=dynamic)) == 1024
-    assert length_limit(tiny_model("llama")) == 1024
 
 
 def test_close_gives_the_model_its_own_attention_back() -> None:
