@@ -1,10 +1,12 @@
 """`ShadowKVCache`: a transformers cache whose decoding reads a small, well-chosen part of a long context."""
 
+import copy
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pickle import PicklingError
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from transformers import PreTrainedModel
@@ -19,6 +21,7 @@ from longshadow.engine.shadowkv.memory import MemoryReport, PeakMemory, report
 from longshadow.engine.shadowkv.positions import RotationSource, TokenPositions
 from longshadow.engine.shadowkv.rope import Rotation
 from longshadow.engine.shadowkv.state import CacheState
+from longshadow.engine.shadowkv.token_log import TokenLog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,7 @@ class ShadowKVCache(Cache):
             ]
         )
         self._model = model
+        self._tokens = TokenLog()
         self._release: weakref.finalize[..., ShadowKVCache] | None = None
         self._open()
 
@@ -138,6 +142,74 @@ class ShadowKVCache(Cache):
     ) -> None:
         self.close()
 
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Announces new tokens to a layer. Raises RuntimeError for a cache that is closed."""
+        if self._release is None:
+            raise RuntimeError("this ShadowKVCache is closed: use the cache inside `with cache:`")
+        updated: tuple[torch.Tensor, torch.Tensor] = super().update(
+            key_states, value_states, layer_idx, *args, **kwargs
+        )
+        return updated
+
+    def copy(self) -> Self:
+        """A cache that goes on independently, for another question about the same text.
+
+        It shares what is compressed with this one and owns its recent tokens. It is open if this one is, and is
+        closed for itself; it belongs to the same model. `copy.copy` and `copy.deepcopy` do the same.
+        """
+        copied = type(self).__new__(type(self))
+        copied._model, copied._release = self._model, None
+        copied.config, copied._tokens = self.config, self._tokens.copy()
+        batch = None if self._state.batch is None else decode_batch(self._model, self.config, self._state.operators)
+        copied._state = self._state.copy(PeakMemory(copied._current_memory), batch)
+        layers: list[Any] = [
+            layer.copy(copied._state) if isinstance(layer, ShadowKVLayer) else _copy_stock(layer)
+            for layer in self.layers
+        ]
+        super(ShadowKVCache, copied).__init__(layers=layers)
+        if self._release is not None:
+            copied._open()
+        return copied
+
+    def __copy__(self) -> Self:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.copy()
+
+    def __reduce__(self) -> NoReturn:
+        raise PicklingError(
+            "a ShadowKVCache belongs to a model in memory and cannot be saved: use cache.copy(), or documents of LLM"
+        )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the newest tokens back, as DynamicCache does: `crop(-3)` three of every sequence, padding included.
+
+        Raises ValueError, with nothing changed, where one of them is compressed.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        num_columns = -tokens_to_remove
+        if num_columns > self.get_seq_length():
+            raise ValueError(f"cannot take back {num_columns} tokens: the cache holds {self.get_seq_length()}")
+        self._state.check_drop(num_columns)
+        for layer in self.layers:
+            if not isinstance(layer, ShadowKVLayer):
+                stock: Any = layer
+                stock.crop(tokens_to_remove)
+        self._state.drop_last(num_columns)
+        self._tokens.drop_last(num_columns)
+
+    @property
+    def token_ids(self) -> torch.Tensor | None:
+        """Ids [B, tokens] of what is cached, padding included; None where a forward brought embeddings instead.
+
+        A text that was edited since differs from them.
+        """
+        return self._tokens.ids(self.get_seq_length())
+
     def memory(self, *, peak: bool = False) -> MemoryReport:
         """Bytes by part and place, now or (`peak`) at the largest total so far.
 
@@ -151,6 +223,7 @@ class ShadowKVCache(Cache):
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for tensor in self._state.positions.tensors():
             yield "rotation", tensor
+        yield from (("token ids", tensor) for tensor in self._tokens.tensors)
         for layer in self.layers:
             if not isinstance(layer, ShadowKVLayer):
                 stock: Any = layer
@@ -187,6 +260,7 @@ class ShadowKVCache(Cache):
         """Forgets all tokens and statistics."""
         super().reset()  # type: ignore[no-untyped-call]
         self._state.reset()
+        self._tokens = TokenLog()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Beam search: sequences are copied by reference, only their recent tokens in full."""
@@ -203,6 +277,7 @@ class ShadowKVCache(Cache):
     def _select(self, indices: torch.Tensor) -> None:
         sequences = indices.tolist()
         self._state.positions.select(sequences)
+        self._tokens.select(indices)
         if self._state.batch is not None:
             self._state.batch.rearrange(sequences)
         for layer in self.layers:
@@ -216,6 +291,15 @@ class ShadowKVCache(Cache):
     def batch_size(self) -> int:
         """Sequences held."""
         return next(len(layer.sequences) for layer in self.layers if isinstance(layer, ShadowKVLayer))
+
+
+def _copy_stock(layer: Any) -> Any:
+    """An independent copy of transformers' own layer."""
+    copied = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, torch.Tensor):
+            setattr(copied, name, value.detach().clone())
+    return copied
 
 
 def _rotation_source(layers: list[AttentionLayer], angles: RotaryAngles) -> RotationSource:

@@ -122,10 +122,14 @@ class DecodeGraphs:
     ) -> torch.Tensor:
         """Logits [B, 1, vocabulary] after one more token [B, 1] of each sequence; the next step overwrites them.
 
-        position_ids [B or 1, 1]: default, how many tokens a sequence has. attention_mask [B, tokens]: which tokens of
-        a padded batch are real, for layers with sliding windows; the new ones are.
+        position_ids [B or 1, 1]: default, how many tokens a sequence has. attention_mask [B, tokens]: default, that
+        of the earlier tokens, and the new ones are real. Raises ValueError for one that says something else of them.
         """
         state = self._cache.state
+        if attention_mask is None:
+            attention_mask = state.positions.mask_with(1)
+        elif state.positions.new_tokens(attention_mask, len(input_ids), 1) is not None:
+            raise ValueError("attention_mask hides a new token, but a step gives every sequence one")
         if position_ids is None:
             position_ids = torch.tensor(state.positions.num_real).unsqueeze(1)
             position_ids = position_ids.to(input_ids.device, non_blocking=True)

@@ -29,7 +29,7 @@ class ShadowKVLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
-    is_croppable = False
+    is_croppable = False  # not always: `crop` refuses to cut a segment
     supports_early_init = False
 
     def __init__(self, state: CacheState, attention: AttentionLayer) -> None:
@@ -275,5 +275,22 @@ class ShadowKVLayer(CacheLayerMixin):
         raise ValueError("a ShadowKVCache keeps its values on the host itself; do not ask for cache offloading")
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuses: compressed tokens cannot be taken back, so assisted decoding is not possible."""
-        raise ValueError("a ShadowKVCache cannot be cropped: assisted decoding is not supported")
+        """Refuses: the layers of a cache share their positions, so `ShadowKVCache.crop` crops them together."""
+        raise ValueError("crop the cache, not one of its layers: cache.crop(-n)")
+
+    def drop_last(self, num_columns: int, num_tokens: list[int]) -> None:
+        """Forgets the newest columns of the batch, of which each sequence has as many real tokens as `num_tokens`."""
+        self._num_seen -= num_columns
+        for sequence, fewer in zip(self.sequences, num_tokens, strict=True):
+            sequence.drop_last(fewer)
+
+    def copy(self, state: CacheState) -> "ShadowKVLayer":
+        """A layer of the cache that `state` is of, which goes on independently and shares the segments."""
+        copied = ShadowKVLayer(state, self._attention)
+        copied._num_seen, copied._num_expected, copied._num_last = self._num_seen, self._num_expected, self._num_last
+        if self.is_initialized:
+            copied.dtype, copied.device, copied.is_initialized = self.dtype, self.device, True
+            copied.sequences = [sequence.copy() for sequence in self.sequences]
+            for sequence in copied.sequences:
+                sequence.counts = state.counts
+        return copied

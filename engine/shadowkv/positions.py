@@ -4,8 +4,10 @@ Shared by the layers of a cache, so that masks are read and angles computed once
 """
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
+import torch.nn.functional as F
 
 from longshadow.engine.shadowkv.rope import Rotation
 
@@ -35,6 +37,12 @@ class _RotationLog:
             tokens = slice(start - self._first, stop - self._first)
             self._tables[start, stop] = Rotation(joined.cos[tokens].clone(), joined.sin[tokens].clone())
         return self._tables[start, stop]
+
+    def drop_last(self, num_tokens: int) -> None:
+        """Forgets the newest tokens, which are in no table."""
+        if num_tokens:
+            joined = self._joined()
+            self._pieces = [joined[slice(None, len(joined.cos) - num_tokens)]]
 
     def copy(self) -> "_RotationLog":
         copied = _RotationLog()
@@ -69,6 +77,7 @@ class TokenPositions:
         self._num_seen = 0
         self._num_new = 0
         self._num_real: list[int] = []
+        self._mask: torch.Tensor | None = None  # [B, seen] of real tokens; None: all are
         self._rows: Rows = []
         self._logs: dict[str, list[_RotationLog]] = {}
         self._logged: set[str] = set()
@@ -78,7 +87,8 @@ class TokenPositions:
         """A layer that has seen `num_seen` tokens, padding included, gets `num_new` more.
 
         `mask` [B, seen + new] marks real tokens (None: all are). Returns for each sequence which of the new
-        tokens are real. Raises RuntimeError if the layers of the cache have seen different tokens.
+        tokens are real. Raises RuntimeError if the layers of the cache have seen different tokens, ValueError for a
+        mask that says something else of the earlier tokens than the masks that brought them.
         """
         if (num_seen, num_new) == (self._num_seen, self._num_new):
             return self._rows
@@ -88,7 +98,9 @@ class TokenPositions:
             )
         if self._num_real and len(self._num_real) != batch_size:
             raise ValueError(f"the cache holds {len(self._num_real)} sequences, the batch has {batch_size}")
-        rows = self._real_tokens(batch_size, num_new, mask)
+        new = self.new_tokens(mask, batch_size, num_new)
+        rows = _real_tokens(new, batch_size)
+        self._note_mask(new, batch_size, num_new)
         old = self._num_real or [0] * batch_size
         self._num_seen, self._num_new, self._rows = num_seen, num_new, rows
         self._num_real = [count + _count(row, num_new) for count, row in zip(old, rows, strict=True)]
@@ -106,6 +118,7 @@ class TokenPositions:
         For forwards whose host part comes before their device part. The rotation of these tokens is computed when
         it is asked for, so it must depend on nothing but their positions.
         """
+        self._note_mask(None, len(self._num_real), 1)
         self._num_seen += self._num_new
         self._num_new = 1
         self._rows = [EVERY_TOKEN] * len(self._num_real)
@@ -121,32 +134,50 @@ class TokenPositions:
         for layer_type, logs in self._logs.items():
             _append(logs, self._rotation_of(layer_type, position_ids), [EVERY_TOKEN] * len(logs))
 
-    def _real_tokens(self, batch_size: int, num_new: int, mask: torch.Tensor | None) -> Rows:
-        if mask is None:
-            # The mask is also dropped when all its entries are 1, so it says something about earlier tokens.
-            self._check_history([self._num_seen + self._num_new] * batch_size, num_new)
-            return [EVERY_TOKEN] * batch_size
-        mask = mask.bool()
-        if num_new > 1:
-            self._check_history(mask[:, :-num_new].sum(1).tolist(), num_new)
-        new = mask[:, -num_new:]
-        if bool(new.all()):
-            return [EVERY_TOKEN] * batch_size
-        rows: Rows = []
-        for row in new:
-            real = row.nonzero().squeeze(1)
-            first, count = int(real[0]) if len(real) else 0, len(real)
-            contiguous = count == 0 or int(real[-1]) - first == count - 1
-            whole = count == num_new
-            rows.append(EVERY_TOKEN if whole else slice(first, first + count) if contiguous else real)
-        return rows
+    def new_tokens(self, mask: torch.Tensor | None, batch_size: int, num_new: int) -> torch.Tensor | None:
+        """The part [B, T] of a mask [B, seen + new] that is about the new tokens, None where all are real.
 
-    def _check_history(self, visible: list[int], num_new: int) -> None:
-        if self._num_real and num_new > 1 and visible != self._num_real:
+        Raises ValueError where the rest of it is not what the masks of the earlier tokens were; None shows them all.
+        """
+        num_earlier = self._num_seen + self._num_new
+        if mask is None:
+            if self._mask is not None:
+                self._refuse_history(torch.ones_like(self._mask), self._mask)
+            return None
+        if mask.shape[0] not in (1, batch_size) or mask.shape[1] != num_earlier + num_new:
             raise ValueError(
-                f"the attention mask shows {visible} earlier tokens per sequence, but {self._num_real} were "
-                "cached: pass the mask of the earlier turns, unchanged, before the new tokens' mask"
+                f"the attention mask is {list(mask.shape)}, but there are {batch_size} sequences of {num_earlier} "
+                f"cached and {num_new} new tokens: pass the mask of the earlier turns, unchanged, before theirs"
             )
+        mask = mask.bool().expand(batch_size, -1)
+        earlier, new = mask[:, :num_earlier], mask[:, num_earlier:]
+        known = torch.ones_like(earlier) if self._mask is None else self._mask.to(mask.device)
+        if not torch.equal(earlier, known):
+            self._refuse_history(earlier, known)
+        return None if bool(new.all()) else new
+
+    @staticmethod
+    def _refuse_history(earlier: torch.Tensor, known: torch.Tensor) -> NoReturn:
+        sequence, token = (earlier != known).nonzero()[0].tolist()
+        says, said = ("shows", "hid") if earlier[sequence, token] else ("hides", "showed")
+        raise ValueError(
+            f"the attention mask {says} earlier token {token} of sequence {sequence}, but {said} it when it was "
+            "cached: pass the mask of the earlier turns, unchanged, before the new tokens' mask"
+        )
+
+    def _note_mask(self, new: torch.Tensor | None, batch_size: int, num_new: int) -> None:
+        if new is None and self._mask is None:
+            return
+        num_earlier = self._num_seen + self._num_new
+        like = new if new is not None else self._mask
+        assert like is not None
+        earlier = like.new_ones(batch_size, num_earlier) if self._mask is None else self._mask
+        added = like.new_ones(batch_size, num_new) if new is None else new.to(earlier.device)
+        self._mask = torch.cat([earlier, added], 1)
+
+    def mask_with(self, num_new: int) -> torch.Tensor | None:
+        """The mask [B, seen + new] with new tokens that are all real; None where all tokens are."""
+        return None if self._mask is None else F.pad(self._mask, (0, num_new), value=True)
 
     def log_rotation(self, layer_type: str, position_ids: torch.Tensor) -> None:
         """Notes the new tokens' rotation for a type of layer, once per forward. position_ids: [B or 1, T]."""
@@ -167,14 +198,59 @@ class TokenPositions:
         self._catch_up()
         self._rows = [self._rows[index] for index in sequences]
         self._num_real = [self._num_real[index] for index in sequences]
+        self._mask = None if self._mask is None else self._mask[sequences]
         self._logs = {
             layer_type: [logs[index].copy() for index in sequences] for layer_type, logs in self._logs.items()
         }
 
+    def drop_last(self, num_tokens: int) -> list[int]:
+        """Forgets the newest columns of the batch, padding included; how many real tokens each sequence loses."""
+        self._catch_up()
+        lost = self.num_real_of_last(num_tokens)
+        if self._mask is not None:
+            self._mask = self._mask[:, : self._mask.shape[1] - num_tokens]
+        self._num_seen, self._num_new = self._num_seen + self._num_new - num_tokens, 0
+        self._num_real = [count - fewer for count, fewer in zip(self._num_real, lost, strict=True)]
+        for logs in self._logs.values():
+            for log, fewer in zip(logs, lost, strict=True):
+                log.drop_last(fewer)
+        return lost
+
+    def num_real_of_last(self, num_tokens: int) -> list[int]:
+        """Real tokens among the newest columns of the batch."""
+        if self._mask is None:
+            return [num_tokens] * len(self._num_real)
+        counts: list[int] = self._mask[:, self._mask.shape[1] - num_tokens :].sum(1).tolist()
+        return counts
+
+    def copy(self) -> "TokenPositions":
+        """An independent copy."""
+        self._catch_up()
+        copied = TokenPositions(self._rotation_of)
+        copied._num_seen, copied._num_new = self._num_seen, self._num_new
+        copied._num_real, copied._rows, copied._mask = [*self._num_real], [*self._rows], self._mask
+        copied._logs = {layer_type: [log.copy() for log in logs] for layer_type, logs in self._logs.items()}
+        copied._logged = set(self._logged)
+        return copied
+
     def tensors(self) -> list[torch.Tensor]:
         """Everything that is held in memory."""
         logged = [tensor for logs in self._logs.values() for log in logs for tensor in log.tensors()]
-        return [*logged, *self._ahead]
+        return [*logged, *self._ahead, *([] if self._mask is None else [self._mask])]
+
+
+def _real_tokens(new: torch.Tensor | None, batch_size: int) -> Rows:
+    """Which of the new tokens of each sequence are real, by a mask [B, T]."""
+    if new is None:
+        return [EVERY_TOKEN] * batch_size
+    rows: Rows = []
+    for row in new:
+        real = row.nonzero().squeeze(1)
+        first, count = int(real[0]) if len(real) else 0, len(real)
+        contiguous = count == 0 or int(real[-1]) - first == count - 1
+        whole = count == len(row)
+        rows.append(EVERY_TOKEN if whole else slice(first, first + count) if contiguous else real)
+    return rows
 
 
 def _append(logs: list[_RotationLog], rotation: Rotation, rows: Rows) -> None:

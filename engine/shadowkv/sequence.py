@@ -62,7 +62,7 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         """All cached tokens."""
-        return self.num_compressed + self.tail.num_tokens + (self.parked.num_tokens if self.parked else 0)
+        return self.num_compressed + self.num_exact_recent
 
     def attend_prompt(
         self,
@@ -180,6 +180,21 @@ class Sequence:
                 operators=self.operators,
             ),
         ]
+
+    @property
+    def num_exact_recent(self) -> int:
+        """Tokens after the last segment, which can be taken back."""
+        return self.tail.num_tokens + (self.parked.num_tokens if self.parked else 0)
+
+    def drop_last(self, num_tokens: int) -> None:
+        """Forgets the newest tokens, none of which is in a segment."""
+        if self.parked is not None:
+            num_parked = min(num_tokens, self.parked.num_tokens)
+            self.parked.drop_last(num_parked)
+            num_tokens -= num_parked
+            if not self.parked.num_tokens:
+                self.parked = None
+        self.tail.drop_last(num_tokens)
 
     def attend_token(self, query: torch.Tensor, parameters: AttentionParameters) -> torch.Tensor:
         """Sparse attention of the newest cached token, query [Hq, D], over its history: [Hq, D]."""

@@ -1,7 +1,7 @@
 """What the layers of one cache share, and the steps that all of them take at once."""
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,6 +97,33 @@ class CacheState:
     def living_layers(self) -> list["ShadowKVLayer"]:
         """The layers."""
         return [layer for reference in self.layers if (layer := reference()) is not None]
+
+    def copy(self, peak: PeakMemory, batch: DecodeBatch | None) -> "CacheState":
+        """The state of a copy of the cache, still without layers."""
+        if self.batch is not None:
+            self.batch.add_hits_to(self.counts)
+        return replace(
+            self, positions=self.positions.copy(), counts=replace(self.counts), layers=[], peak=peak, batch=batch
+        )
+
+    def check_drop(self, num_columns: int) -> None:
+        """Raises ValueError where a token in the newest columns of the batch is compressed."""
+        layers = self.living_layers
+        counts = self.positions.num_real_of_last(num_columns)
+        recent = [[sequence.num_exact_recent for sequence in layer.sequences] for layer in layers]
+        room = [min(of_sequence) for of_sequence in zip(*recent, strict=True)]
+        if any(count > exact for count, exact in zip(counts, room, strict=True)):
+            raise ValueError(
+                f"cannot take back {num_columns} tokens: of the sequences' tokens only the last {room} are not "
+                "compressed yet (more with a larger ShadowKVConfig.local_tokens)"
+            )
+
+    def drop_last(self, num_columns: int) -> None:
+        """Forgets the newest columns of the batch in all layers, padding included, after `check_drop`."""
+        counts = self.positions.drop_last(num_columns)
+        for layer in self.living_layers:
+            layer.drop_last(num_columns, counts)
+        self._num_prepared = 0
 
     def reset(self) -> None:
         """Forgets all tokens; the layers forget theirs themselves."""

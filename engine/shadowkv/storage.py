@@ -189,6 +189,11 @@ class ExactTokens:
         self.append(keys[:, num_tokens:], values[:, num_tokens:])
         return keys[:, :num_tokens], values[:, :num_tokens]
 
+    def drop_last(self, num_tokens: int) -> None:
+        """Forgets the newest tokens."""
+        assert num_tokens <= self.num_tokens
+        self.num_tokens -= num_tokens
+
     def copy(self) -> "ExactTokens":
         """An independent copy."""
         copied = ExactTokens(device=self._device)

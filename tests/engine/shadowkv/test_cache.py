@@ -381,11 +381,6 @@ def test_a_mask_that_hides_cached_tokens_is_refused(llama: Any) -> None:
             llama(prompt(10), attention_mask=mask, past_key_values=cache)
 
 
-def test_assisted_decoding_is_refused(llama: Any) -> None:
-    with ShadowKVCache.for_model(llama) as cache, pytest.raises(ValueError, match=r"assisted|crop"):
-        generate(llama, prompt(40), cache, assistant_model=llama)
-
-
 def test_training_is_refused(llama: Any) -> None:
     with ShadowKVCache.for_model(llama) as cache:
         llama.train()
