@@ -21,20 +21,12 @@ from bench.synthetic import SMOLLM2_135M, make_cache, num_threads
 from bench.table import Column, Outcome, Table, Target
 from bench.timing import Candidate, Timing, paired_speedup, time_interleaved
 from longshadow import ShadowKVCache, ShadowKVConfig
-from longshadow.engine.shadowkv.attention import IMPLEMENTATION as SHADOWKV_ATTENTION
 
 SHAPE = SMOLLM2_135M
 DYNAMIC, PREALLOCATED, ALONE = "DynamicCache", "preallocated full cache", "no context: the model alone"
 SHADOWKV, SHADOWKV_EXACT, SHADOWKV_ONE_STAGE = "ShadowKV", "ShadowKV, exact keys", "ShadowKV, 1 candidate"
 COMPRESSION = "ShadowKV: un-rotation, basis, landmarks"
-ATTENTION = {
-    DYNAMIC: "sdpa",
-    ALONE: "sdpa",
-    PREALLOCATED: preallocated.IMPLEMENTATION,
-    SHADOWKV: SHADOWKV_ATTENTION,
-    SHADOWKV_EXACT: SHADOWKV_ATTENTION,
-    SHADOWKV_ONE_STAGE: SHADOWKV_ATTENTION,
-}
+COMPRESSED = (SHADOWKV, SHADOWKV_EXACT, SHADOWKV_ONE_STAGE)
 RANK_OF_TOKENS = 64
 TOLERANCES = {"float32": 1e-3, "bfloat16": 3e-2}
 
@@ -78,15 +70,20 @@ def shadowkv_config(name: str) -> ShadowKVConfig:
     return variants[name]
 
 
+def attention(name: str) -> str:
+    """The attention that the model is set to; a ShadowKVCache brings its own."""
+    return preallocated.IMPLEMENTATION if name == PREALLOCATED else "sdpa"
+
+
 @contextmanager
 def empty_cache(model: LlamaForCausalLM, name: str, capacity: int) -> Iterator[Cache]:
     """A cache without tokens, the model running the attention it needs."""
-    if ATTENTION[name] == SHADOWKV_ATTENTION:
+    if name in COMPRESSED:
         with ShadowKVCache.for_model(model, shadowkv_config(name)) as cache:
             yield cache
         return
     previous = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION[name])
+    model.set_attn_implementation(attention(name))
     yield DynamicCache() if name == DYNAMIC else preallocated_cache(model, capacity)
     model.set_attn_implementation(previous)
 
@@ -200,14 +197,14 @@ def measure_decoding(model: LlamaForCausalLM, config: Config, session: Session) 
     }
     tokens = random_tokens(model, num_steps)
     with ExitStack() as opened:
-        for name in (SHADOWKV, SHADOWKV_EXACT, SHADOWKV_ONE_STAGE):
+        for name in COMPRESSED:
             caches[name] = opened.enter_context(ShadowKVCache.from_exact(model, shadowkv_config(name), dynamic))
         session.progress("decoding")
         timings = time_interleaved(
             {
                 name: Candidate(
                     run=make_step(model, cache, tokens),
-                    prepare=partial(model.set_attn_implementation, ATTENTION[name]),
+                    prepare=partial(model.set_attn_implementation, attention(name)),
                 )
                 for name, cache in caches.items()
             },
@@ -215,7 +212,7 @@ def measure_decoding(model: LlamaForCausalLM, config: Config, session: Session) 
             warmup=config.warmup,
             device=session.device,
         )
-        model.set_attn_implementation(SHADOWKV_ATTENTION)
+        model.set_attn_implementation(attention(SHADOWKV))
         return [decoding_row(name, caches[name], timings, config) for name in caches]
 
 

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
@@ -19,13 +18,15 @@ from transformers import PreTrainedModel
 from longshadow.engine.prefix_sharing.attention import NAMES
 from longshadow.engine.prefix_sharing.expand import expand_cells, expand_nodes
 from longshadow.engine.prefix_sharing.head import LABELLED, project_every_cell
-from longshadow.engine.prefix_sharing.interface import SHARED, SharedBatch, register_tree_attention
+from longshadow.engine.prefix_sharing.interface import SHARED, SharedBatch, offer_tree_attention
 from longshadow.engine.prefix_sharing.tree import PrefixTree, forget_batch, tree_of_batch
 from longshadow.engine.prefix_sharing.verification import verify_first_batch
+from longshadow.engine.switching.attention import outside_graphs
+from longshadow.engine.switching.interception import around, intercept
+from longshadow.engine.switching.text_model import unwrapped
 
 logger = logging.getLogger(__name__)
 
-_SHARING = "_longshadow_prefix_sharing"
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -60,14 +61,18 @@ class SharingReport:
 class _Sharing:
     model: PreTrainedModel
     backbone: nn.Module
-    forward: Callable[..., Any]
-    replaced: Callable[..., Any] | None
     minimum_ratio: float
     verify_first_batch: bool
     attention: str
     report: SharingReport
-    previous_attention: str
+    undo: tuple[Callable[[], None], ...] = ()
     told_of_dropout: bool = False
+
+    def around(self, backbone: nn.Module, forward: Callable[..., Any], /, **kwargs: Any) -> Any:
+        """The backbone's forward while it shares."""
+        if _is_generation(kwargs) and LABELLED not in kwargs:
+            return forward(**kwargs)
+        return _shared_forward(self, forward, **kwargs)
 
 
 @contextmanager
@@ -77,8 +82,8 @@ def share_prefixes(
     """Within, forwards of `model` compute each distinct prefix token once; results stay those of the padded batch.
 
     Args:
-        model: a causal language model of transformers, or a PEFT model around one; not a wrapped one (DDP, FSDP:
-            pass what they wrap).
+        model: a causal language model of transformers, or one inside PEFT's, torch.compile's or a data-parallel
+            wrapper.
         minimum_ratio: batches with fewer padded tokens per distinct token than this run the ordinary way; at
             least 1.
         verify_first_batch: compare the first shared batch with the ordinary path, without dropout, and raise
@@ -107,7 +112,7 @@ def enable_prefix_sharing(
         raise ValueError(f"attention must be one of {', '.join(NAMES)}, got {attention!r}")
     language_model = language_model_of(model)
     backbone = language_model.base_model
-    if hasattr(backbone, _SHARING):
+    if _sharing_of(backbone) is not None:
         raise ValueError("prefix sharing is already enabled for this model")
     reason = _why_not(model, language_model)
     if reason is not None:
@@ -115,18 +120,12 @@ def enable_prefix_sharing(
     sharing = _Sharing(
         model=language_model,
         backbone=backbone,
-        forward=backbone.forward,
-        replaced=vars(backbone).get("forward"),
         minimum_ratio=minimum_ratio,
         verify_first_batch=verify_first_batch,
         attention=attention,
         report=SharingReport(reasons={}),
-        previous_attention=language_model.config._attn_implementation,
     )
-    language_model.set_attn_implementation(register_tree_attention(sharing.previous_attention))
-    # Attributes of the module itself, so that a deep copy of the model gets its own.
-    setattr(backbone, _SHARING, sharing)
-    backbone.forward = MethodType(_shared_forward, backbone)
+    sharing.undo = offer_tree_attention(language_model), intercept(backbone, sharing.around)
     return sharing.report
 
 
@@ -134,22 +133,23 @@ def disable_prefix_sharing(model: nn.Module) -> None:
     """Gives the model its own forward and attention back."""
     language_model = language_model_of(model)
     backbone = language_model.base_model
-    sharing: _Sharing | None = getattr(backbone, _SHARING, None)
+    sharing = _sharing_of(backbone)
     if sharing is None:
         raise ValueError("prefix sharing is not enabled for this model")
     project_every_cell(language_model)
-    delattr(backbone, _SHARING)
-    del backbone.forward
-    if sharing.replaced is not None:
-        backbone.forward = sharing.replaced
-    sharing.model.set_attn_implementation(sharing.previous_attention)
+    for undo in sharing.undo:
+        undo()
     forget_batch()
 
 
+def _sharing_of(backbone: nn.Module) -> _Sharing | None:
+    owners = (getattr(each, "__self__", None) for each in around(backbone))
+    return next((owner for owner in owners if isinstance(owner, _Sharing)), None)
+
+
 def language_model_of(model: nn.Module) -> PreTrainedModel:
-    """The transformers model, without PEFT's wrapper."""
-    unwrap: Any = getattr(model, "get_base_model", None)
-    inner = model if unwrap is None else unwrap()
+    """The transformers model, without the wrappers around it."""
+    inner = unwrapped(model)
     if not isinstance(inner, PreTrainedModel) or inner.base_model is inner:
         raise ValueError(
             f"prefix sharing needs a transformers model with a head, or PEFT around one, got {type(model).__name__}"
@@ -172,27 +172,30 @@ def _why_not(model: nn.Module, language_model: PreTrainedModel) -> str | None:
     return None
 
 
+@outside_graphs
 def _shared_forward(
-    backbone: nn.Module,
+    sharing: _Sharing,
+    forward: Callable[..., Any],
+    /,
     input_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    sharing: _Sharing = getattr(backbone, _SHARING)
+    backbone = sharing.backbone
     labelled: torch.Tensor | None = kwargs.pop(LABELLED, None)
     tree, reason = _tree_of(sharing, input_ids, attention_mask, kwargs)
     if tree is None:
         if reason is not None:
             _count_ordinary(sharing.report, reason)
-        output = sharing.forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        output = forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if labelled is not None:
             output.last_hidden_state = _one_row(output.last_hidden_state[labelled])
         return output
     assert input_ids is not None
     if sharing.verify_first_batch and not sharing.report.verified:
         verify_first_batch(
-            lambda ids, mask: sharing.forward(input_ids=ids, attention_mask=mask, **kwargs).last_hidden_state,
-            lambda: _run_tree(sharing, tree, None, kwargs).last_hidden_state,
+            lambda ids, mask: forward(input_ids=ids, attention_mask=mask, **kwargs).last_hidden_state,
+            lambda: _run_tree(sharing, forward, tree, None, kwargs).last_hidden_state,
             backbone,
             input_ids,
             attention_mask,
@@ -208,7 +211,7 @@ def _shared_forward(
     sharing.report.padded_tokens += input_ids.numel()
     sharing.report.real_tokens += tree.num_real_tokens
     sharing.report.unique_tokens += tree.num_tokens
-    return _run_tree(sharing, tree, labelled, kwargs)
+    return _run_tree(sharing, forward, tree, labelled, kwargs)
 
 
 def _count_ordinary(report: SharingReport, reason: str) -> None:
@@ -224,11 +227,18 @@ def _has_dropout(backbone: nn.Module) -> bool:
     return any(isinstance(rate, float) and rate > 0 for rate in (*rates, *layers))
 
 
+def _is_generation(kwargs: dict[str, Any]) -> bool:
+    """The forward fills or continues a cache, transformers' own or the one of continuous batching."""
+    if kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None:
+        return True
+    return bool(kwargs.get("use_cache")) and not torch.is_grad_enabled()
+
+
 def _tree_of(
     sharing: _Sharing, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]
 ) -> tuple[PrefixTree | None, str | None]:
     """The tree of a batch, or the reason why it runs the ordinary way; neither for generation."""
-    if kwargs.get("past_key_values") is not None or (kwargs.get("use_cache") and not torch.is_grad_enabled()):
+    if _is_generation(kwargs):
         return None, None
     if input_ids is None or kwargs.get("inputs_embeds") is not None:
         return None, "it comes as embeddings"
@@ -255,14 +265,20 @@ def _tree_of(
     return tree, None
 
 
-def _run_tree(sharing: _Sharing, tree: PrefixTree, labelled: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
+def _run_tree(
+    sharing: _Sharing,
+    forward: Callable[..., Any],
+    tree: PrefixTree,
+    labelled: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> Any:
     """The backbone's output over the tree, for all cells [N, L] or for the labelled ones as one row."""
     kwargs = {
         name: given for name, given in kwargs.items() if given is not None and name not in ("use_cache", "return_dict")
     }
     # A mask of four dimensions is handed on as it is, so none of T x T is ever made.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tree.token_ids.device)
-    output = sharing.forward(
+    output = forward(
         input_ids=tree.token_ids.unsqueeze(0),
         attention_mask=mask,
         position_ids=tree.positions.unsqueeze(0),

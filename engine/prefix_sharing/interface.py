@@ -1,49 +1,83 @@
-"""The hand-off to transformers' attention: layers that are given a tree attend to it, others as they always did."""
+"""The hand-off to transformers' attention: calls that carry a tree attend to it, others as they always did."""
 
-import functools
-import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface
 
 from longshadow.engine.prefix_sharing.attention import choose_attention
 from longshadow.engine.prefix_sharing.tree import PrefixTree
+from longshadow.engine.switching.attention import lend_attention, offer_attention, outside_graphs
+from longshadow.engine.switching.text_model import text_model
 
-PREFIX = "longshadow_prefix_sharing_"
+IMPLEMENTATION = "longshadow_prefix_sharing"
 # The keyword that carries a SharedBatch through a model's forward to its attention.
 SHARED = "longshadow_shared_batch"
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True)
 class SharedBatch:
-    """A tree, and the name of the implementation that attends to it."""
+    """A tree, the name of the implementation that attends to it, and how often that was done."""
 
     tree: PrefixTree
     attention: str
+    num_attended: int = 0
 
 
-def register_tree_attention(previous: str) -> str:
-    """An attention implementation that attends to trees and leaves everything else to the previous one."""
-    name = PREFIX + previous
-    if name not in AttentionInterface._global_mapping:
-        AttentionInterface.register(name, functools.partial(_attention_forward, previous))
-        AttentionMaskInterface.register(name, _mask_function(previous))
-    return name
+class _Attending(threading.local):
+    """The batch whose layer this thread computes: a backward that recomputes layers may be another one's."""
+
+    batch: SharedBatch | None = None
 
 
-def _mask_function(previous: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = ALL_MASK_ATTENTION_FUNCTIONS[previous]
-    return function
+_attending = _Attending()
+
+
+def offer_tree_attention(model: nn.Module) -> Callable[[], None]:
+    """Lets the attention of `model` attend to trees, until the returned function is called.
+
+    Raises ValueError for a model whose attention is not transformers' interface.
+    """
+    text = text_model(model)
+    if text is None:
+        raise ValueError(
+            f"{type(model).__name__} cannot share prefixes: its attention does not go through transformers' attention "
+            "interface"
+        )
+    undo = [offer_attention(module, _around_attention) for module in text.attention]
+
+    def withdraw() -> None:
+        for each in undo:
+            each()
+
+    return withdraw
+
+
+def _around_attention(module: nn.Module, forward: Callable[..., Any], /, **kwargs: Any) -> Any:
+    if kwargs.get(SHARED) is None:
+        return forward(**kwargs)
+    return _attend_tree(module, forward, **kwargs)
+
+
+@outside_graphs
+def _attend_tree(module: nn.Module, forward: Callable[..., Any], /, **kwargs: Any) -> Any:
+    batch: SharedBatch = kwargs[SHARED]
+    before, num_attended = _attending.batch, batch.num_attended
+    _attending.batch = batch
+    try:
+        output = lend_attention(IMPLEMENTATION, forward, **kwargs)
+    finally:
+        _attending.batch = before
+    if batch.num_attended == num_attended:
+        raise RuntimeError(f"{type(module).__name__} did not attend to the tree of its batch: disable prefix sharing")
+    return output
 
 
 def _attention_forward(
-    previous: str,
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -53,12 +87,8 @@ def _attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    batch: SharedBatch | None = kwargs.pop(SHARED, None)
-    if batch is None:
-        ordinary: tuple[torch.Tensor, torch.Tensor | None] = _previous_attention(previous, module)(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
-        return ordinary
+    batch = _attending.batch
+    assert batch is not None
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     attend = choose_attention(batch.attention, query, dropout=dropout, softcap=softcap, sinks=sinks)
     output = attend(
@@ -72,13 +102,8 @@ def _attention_forward(
         softcap=softcap,
         sinks=sinks,
     )
+    batch.num_attended += 1
     return output.transpose(1, 2).contiguous(), None
 
 
-def _previous_attention(previous: str, module: nn.Module) -> Callable[..., Any]:
-    """What the module would have called; "eager" is a function of its own source file."""
-    if previous == "eager":
-        function: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
-        return function
-    function = ALL_ATTENTION_FUNCTIONS[previous]
-    return function
+AttentionInterface.register(IMPLEMENTATION, _attention_forward)

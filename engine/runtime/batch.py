@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from longshadow.engine.runtime.parked import attend_parked, attends_parked, causal_mask
 from longshadow.engine.runtime.state import LayerSequence, SequenceState
-from longshadow.engine.shadowkv.attention import expect_handoff, mark
+from longshadow.engine.shadowkv.attention import AttendingCache, AttendingLayer, announce
 from longshadow.engine.shadowkv.decode_batch import DecodeBatch
 from longshadow.engine.shadowkv.exact import AttentionParameters, OnlineSoftmax
 from longshadow.engine.shadowkv.sequence import RotationTable, Sequence
@@ -76,7 +75,7 @@ class Work:
             self.decoding, self.batch = (), None
 
 
-class BatchLayer(CacheLayerMixin):
+class BatchLayer(AttendingLayer):
     """One layer of the batch; holds no tokens itself."""
 
     is_compileable = False
@@ -109,8 +108,7 @@ class BatchLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Announces new post-RoPE keys and values and returns them, the keys marked with this layer."""
-        expect_handoff(self._module, self)
-        return mark(key_states, self), value_states
+        return announce(self._module, self, key_states), value_states
 
     def attend(
         self,
@@ -231,7 +229,7 @@ class BatchLayer(CacheLayerMixin):
         return -1
 
 
-class BatchCache(Cache):
+class BatchCache(AttendingCache):
     """A transformers cache whose sequences are those of `work`."""
 
     def __init__(self, layers: list[BatchLayer], work: Work) -> None:

@@ -17,7 +17,7 @@ from longshadow.engine.runtime.state import BlockedEnergy, LayerSequence, Sequen
 from longshadow.engine.runtime.windows import WindowSequence
 from longshadow.engine.shadowkv import ShadowKVConfig
 from longshadow.engine.shadowkv import sequence as shadowkv
-from longshadow.engine.shadowkv.attention import activate, deactivate
+from longshadow.engine.shadowkv.attention import activate
 from longshadow.engine.shadowkv.choice import choose_operators, decode_batch
 from longshadow.engine.shadowkv.decode import StepCounts
 from longshadow.engine.shadowkv.families import (
@@ -32,7 +32,7 @@ from longshadow.linears import run_on_onednn
 
 
 class ModelRunner:
-    """A model that runs longshadow's attention until `close`; it belongs to one thread at a time."""
+    """Runs a model under longshadow's attention, over a cache of its own; belongs to one thread at a time."""
 
     def __init__(self, model: PreTrainedModel, config: ShadowKVConfig, max_model_len: int) -> None:
         """Raises ValueError for models that ShadowKV does not support."""
@@ -53,8 +53,7 @@ class ModelRunner:
         self._cache = self._make_cache()
         self._operators = choose_operators(model, config)
         self._batched = self._make_batched_steps()
-        activate(model)
-        self._release = weakref.finalize(self, _give_back, model, run_on_onednn(model))
+        self._release = weakref.finalize(self, _give_back, activate(model), run_on_onednn(model))
 
     def close(self) -> None:
         """Gives the model its own attention and linear layers back, frees what decoding holds. Repeatable."""
@@ -189,6 +188,6 @@ class ModelRunner:
         return logits
 
 
-def _give_back(model: PreTrainedModel, undo_linears: Callable[[], None]) -> None:
-    deactivate(model)
+def _give_back(deactivate: Callable[[], None], undo_linears: Callable[[], None]) -> None:
+    deactivate()
     undo_linears()

@@ -1,30 +1,42 @@
 """The hand-off to transformers: from a cache layer's `update`, through the model's own code, to its `attend`.
 
-A model calls `cache.update(keys, values)` and then the attention function registered under its
-implementation's name, with the keys that `update` returned. These carry their layer. No module is patched;
-several caches and models can be alive at once. A layer whose keys never arrive raises.
+Forwards that carry an `AttendingCache` are lent longshadow's attention while the model is activated. A text model's
+forward notes the mask and the positions it was given and lets the model make no mask of its own; in each attention
+module's forward, the cache's layer announces its keys, which carry it to the attention function. Keys that never
+arrive raise.
 """
 
-import weakref
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import flash_attention_mask
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from longshadow.engine.shadowkv.exact import AttentionParameters, attend_causal
+from longshadow.engine.shadowkv.masks import row_mask
+from longshadow.engine.switching.attention import lend_attention, offer_attention, outside_graphs
+from longshadow.engine.switching.interception import intercept
+from longshadow.engine.switching.text_model import text_model
 
 IMPLEMENTATION = "longshadow"
 _LAYER = "_longshadow_layer"
 
 
-class AttendingLayer(Protocol):
+class AttendingCache(Cache):
+    """A cache that sees to the attention of the forwards that carry it."""
+
+
+class AttendingLayer(CacheLayerMixin, ABC):  # type: ignore[no-untyped-call]
     """The cache layer's side of the hand-off; `is_sliding`: it sees to the attention's sliding window."""
 
     is_sliding: bool
 
+    @abstractmethod
     def attend(
         self,
         query: torch.Tensor,
@@ -37,19 +49,48 @@ class AttendingLayer(Protocol):
         """See `ShadowKVLayer.attend`."""
 
 
-_expected: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]]" = weakref.WeakKeyDictionary()
+@dataclass(eq=False, kw_only=True)
+class _HandOff:
+    """One forward of an attention module: the layer that announced keys, until they arrive."""
+
+    module: nn.Module
+    layer: AttendingLayer | None = None
 
 
-def mark(keys: torch.Tensor, layer: AttendingLayer) -> torch.Tensor:
-    """A view of `keys` that carries `layer` to the attention function."""
+class _Forward(threading.local):
+    """What this thread's forward of a text model was given.
+
+    Attributes:
+        mask: [B, tokens] of real tokens; None: all.
+        position_ids: [3, B, T], of each kind of token by itself (M-RoPE); None: those that layers get.
+        hand_off: of the attention module that is running.
+    """
+
+    mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    hand_off: _HandOff | None = None
+
+
+_forward = _Forward()
+
+
+def announce(module: nn.Module, layer: AttendingLayer, keys: torch.Tensor) -> torch.Tensor:
+    """A view of `keys` that carries `layer` from the running forward of `module` to the attention function.
+
+    Raises RuntimeError where no attention function would take it, ValueError where another module is running.
+    """
+    hand_off = _forward.hand_off
+    if hand_off is None:
+        raise RuntimeError(
+            f"{type(module).__name__} runs the model's own attention, but a cache needs longshadow's: use the cache "
+            "inside `with ShadowKVCache.for_model(...)`, with the model it was made for"
+        )
+    if hand_off.module is not module:
+        raise ValueError("the cache was made for another model: make one with ShadowKVCache.for_model(model)")
+    hand_off.layer = layer
     marked = keys.view_as(keys)
     setattr(marked, _LAYER, layer)
     return marked
-
-
-def expect_handoff(module: nn.Module, layer: AttendingLayer) -> None:
-    """Notes that the next attention of `module` belongs to `layer`."""
-    _expected[module] = weakref.ref(layer)
 
 
 def attention_forward(
@@ -68,30 +109,31 @@ def attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [B, Hq, T, D] -> ([B, T, Hq, Dv], None).
 
-    Keys of a ShadowKV layer go to that layer; any other keys (stock sliding layers, no cache) are attended
-    exactly. attention_mask is None or [B, keys].
+    Keys of an attending layer go to that layer; any other keys (stock sliding layers) are attended exactly. The mask
+    is the text model's, not `attention_mask`.
     """
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(f"attention masks are [batch, tokens] here, got shape {list(attention_mask.shape)}")
-    if module.training and torch.is_grad_enabled():
-        raise RuntimeError("longshadow's attention is for inference: call model.eval() or leave the cache first")
-    expected = _expected.pop(module, None)
     layer: AttendingLayer | None = getattr(key, _LAYER, None)
+    hand_off = _forward.hand_off
+    if hand_off is not None and hand_off.layer is not layer:
+        raise RuntimeError(
+            f"{type(module).__name__} copies its keys between cache and attention, so the history "
+            "would be lost: this model is not supported by ShadowKV"
+        )
     parameters = AttentionParameters(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling, softcap=softcap, sinks=s_aux
     )
+    if _forward.position_ids is not None:
+        position_ids = _forward.position_ids
+    mask = _forward.mask
     with torch.no_grad():
         if layer is not None:
             if sliding_window is not None and not layer.is_sliding:
                 raise RuntimeError(f"{type(module).__name__} has a sliding window, its cache layer does not")
-            out = layer.attend(query, key, value, attention_mask, position_ids, parameters)
-        elif expected is not None and expected() is not None:
-            raise RuntimeError(
-                f"{type(module).__name__} copies its keys between cache and attention, so the history "
-                "would be lost: this model is not supported by ShadowKV"
-            )
+            out = layer.attend(query, key, value, mask, position_ids, parameters)
         else:
-            out = _attend_batch(query, key, value, attention_mask, parameters, sliding_window)
+            out = _attend_batch(query, key, value, mask, parameters, sliding_window)
+    if hand_off is not None:
+        hand_off.layer = None
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -110,7 +152,7 @@ def _attend_batch(
         real: slice | torch.Tensor = slice(None)
         new: slice | torch.Tensor = slice(None)
         if mask is not None:
-            visible = mask[index].bool()
+            visible = mask[index, -num_keys:]
             real = visible.nonzero().squeeze(1)
             new = visible[num_keys - num_new :].nonzero().squeeze(1)
         row = query[index][:, new]
@@ -122,33 +164,80 @@ def _attend_batch(
 
 
 AttentionInterface.register(IMPLEMENTATION, attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, flash_attention_mask)
 
 
-@dataclass(kw_only=True)
-class _Activation:
-    num_caches: int
-    previous: str
+def activate(model: nn.Module) -> Callable[[], None]:
+    """Lends forwards of `model` that carry an `AttendingCache` longshadow's attention, until the result is called.
+
+    Raises ValueError for a model whose attention is not transformers' interface.
+    """
+    text = text_model(model)
+    if text is None:
+        raise ValueError(
+            f"ShadowKV does not support {type(model).__name__}: its attention does not go through transformers' "
+            "attention interface"
+        )
+    undo = [offer_attention(module, _around_attention) for module in text.attention]
+    undo.append(intercept(text.module, _around_text_model))
+
+    def deactivate() -> None:
+        for each in undo:
+            each()
+
+    return deactivate
 
 
-_activations: "weakref.WeakKeyDictionary[PreTrainedModel, _Activation]" = weakref.WeakKeyDictionary()
+def _around_attention(module: nn.Module, forward: Callable[..., Any], /, **kwargs: Any) -> Any:
+    if not isinstance(kwargs.get("past_key_values"), AttendingCache):
+        return forward(**kwargs)
+    return _hand_over(module, forward, **kwargs)
 
 
-def activate(model: PreTrainedModel) -> None:
-    """Switches the model to longshadow's attention for one more cache."""
-    activation = _activations.get(model)
-    if activation is None:
-        previous = model.config.get_text_config(decoder=True)._attn_implementation
-        model.set_attn_implementation(IMPLEMENTATION)
-        _activations[model] = _Activation(num_caches=1, previous=previous)
-    else:
-        activation.num_caches += 1
+@outside_graphs
+def _hand_over(module: nn.Module, forward: Callable[..., Any], /, **kwargs: Any) -> Any:
+    before = _forward.hand_off
+    _forward.hand_off = hand_off = _HandOff(module=module)
+    try:
+        output = lend_attention(IMPLEMENTATION, forward, **kwargs)
+    finally:
+        _forward.hand_off = before
+    if hand_off.layer is not None:
+        raise RuntimeError(
+            f"{type(module).__name__} did not hand its keys to longshadow's attention: this model is not supported by "
+            "ShadowKV"
+        )
+    return output
 
 
-def deactivate(model: PreTrainedModel) -> None:
-    """One cache less; the last one restores the implementation the model had before."""
-    activation = _activations[model]
-    activation.num_caches -= 1
-    if activation.num_caches == 0:
-        del _activations[model]
-        model.set_attn_implementation(activation.previous)
+def _around_text_model(model: nn.Module, forward: Callable[..., Any], /, **kwargs: Any) -> Any:
+    if not isinstance(kwargs.get("past_key_values"), AttendingCache):
+        return forward(**kwargs)
+    return _run_text_model(model, forward, **kwargs)
+
+
+@outside_graphs
+def _run_text_model(model: Any, forward: Callable[..., Any], /, **kwargs: Any) -> Any:
+    if model.training and torch.is_grad_enabled():
+        raise RuntimeError("longshadow's attention is for inference: call model.eval() or leave the cache first")
+    wanted = kwargs.get("output_attentions")
+    if getattr(model.config, "output_attentions", False) if wanted is None else wanted:
+        raise ValueError(
+            "a ShadowKVCache has no attention weights to return: leave out output_attentions, or the cache"
+        )
+    ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    new = ids if ids is not None else embeddings
+    assert new is not None
+    positions = kwargs.get("position_ids")
+    if positions is None and "mrope_section" in (getattr(model.config, "rope_parameters", None) or {}):
+        first = kwargs["past_key_values"].get_seq_length()
+        positions = torch.arange(first, first + new.shape[1], device=new.device).expand(3, new.shape[0], -1)
+        kwargs["position_ids"] = positions
+    before = _forward.mask, _forward.position_ids
+    _forward.mask = row_mask(kwargs.get("attention_mask"), new.shape[1], type(model).__name__)
+    _forward.position_ids = positions[-3:] if positions is not None and positions.dim() == 3 else None
+    # A mask of four dimensions is handed on as it is, so none of T x T is ever made.
+    kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=new.device)
+    try:
+        return forward(**kwargs)
+    finally:
+        _forward.mask, _forward.position_ids = before

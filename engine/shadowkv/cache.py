@@ -10,9 +10,9 @@ from typing import Any, NoReturn, Self
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
-from longshadow.engine.shadowkv.attention import IMPLEMENTATION, activate, deactivate
+from longshadow.engine.shadowkv.attention import AttendingCache, activate
 from longshadow.engine.shadowkv.choice import choose_operators, decode_batch
 from longshadow.engine.shadowkv.config import ShadowKVConfig
 from longshadow.engine.shadowkv.families import AttentionLayer, RotaryAngles, describe_attention
@@ -22,6 +22,7 @@ from longshadow.engine.shadowkv.positions import RotationSource, TokenPositions
 from longshadow.engine.shadowkv.rope import Rotation
 from longshadow.engine.shadowkv.state import CacheState
 from longshadow.engine.shadowkv.token_log import TokenLog
+from longshadow.engine.switching.text_model import unwrapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +46,12 @@ class Statistics:
     num_tokens: int
 
 
-class ShadowKVCache(Cache):
+class ShadowKVCache(AttendingCache):
     """ShadowKV (arXiv 2410.21465) for `model.generate(..., past_key_values=cache)`.
 
     Made by `for_model`. Prompts are attended exactly; decoding attends to sink, outlier and selected chunks
-    and to recent tokens. While a cache is open the model runs longshadow's attention, which also serves calls
-    without this cache; the last cache of a model restores its own implementation on leaving.
+    and to recent tokens. While a cache is open, calls of the model that carry it run longshadow's attention; all other
+    calls are the model's own.
 
     Example:
         with ShadowKVCache.for_model(model, ShadowKVConfig(budget_tokens=512)) as cache:
@@ -59,8 +60,10 @@ class ShadowKVCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel, config: ShadowKVConfig) -> None:
-        if config.prefill_chunk_size is None and model.generation_config is not None:
-            config = replace(config, prefill_chunk_size=model.generation_config.prefill_chunk_size)
+        model = unwrapped(model)
+        generation = getattr(model, "generation_config", None)
+        if config.prefill_chunk_size is None and generation is not None:
+            config = replace(config, prefill_chunk_size=generation.prefill_chunk_size)
         described, angles = describe_attention(model)
         attention_layers = [layer for layer in described if layer is not None]
         width = max(layer.key_width for layer in attention_layers)
@@ -71,8 +74,6 @@ class ShadowKVCache(Cache):
             config=config,
             positions=TokenPositions(_rotation_source(attention_layers, angles)),
             segment_tokens=config.generated_segment_tokens(width),
-            implementation=IMPLEMENTATION,
-            model_config=model.config.get_text_config(decoder=True),
             peak=PeakMemory(self._current_memory),
             operators=chosen,
             batch=decode_batch(model, config, chosen),
@@ -91,7 +92,9 @@ class ShadowKVCache(Cache):
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, config: ShadowKVConfig | None = None) -> Self:
-        """An empty cache for `model`, which runs longshadow's attention from now until `close`.
+        """An empty cache for `model`, which can be used from now until `close`.
+
+        model: a causal language model of transformers, or one inside PEFT's or torch.compile's wrapper.
 
         Raises ValueError for models ShadowKV does not support and for a rank out of range.
         """
@@ -124,11 +127,10 @@ class ShadowKVCache(Cache):
 
     def _open(self) -> None:
         if self._release is None:
-            activate(self._model)
-            self._release = weakref.finalize(self, deactivate, self._model)
+            self._release = weakref.finalize(self, activate(self._model))
 
     def close(self) -> None:
-        """Leaves: with its last cache the model gets its own attention implementation back. Repeatable."""
+        """Leaves: after its last cache the model is as it was before the first. Repeatable."""
         if self._release is not None:
             self._release()
             self._release = None

@@ -9,10 +9,9 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
-from longshadow.engine.shadowkv.attention import expect_handoff, mark
+from longshadow.engine.shadowkv.attention import AttendingLayer, announce
 from longshadow.engine.shadowkv.exact import AttentionParameters
 from longshadow.engine.shadowkv.families import AttentionLayer
 from longshadow.engine.shadowkv.positions import EVERY_TOKEN, Rows
@@ -24,7 +23,7 @@ from longshadow.engine.shadowkv.state import CacheState
 logger = logging.get_logger(__name__)
 
 
-class ShadowKVLayer(CacheLayerMixin):
+class ShadowKVLayer(AttendingLayer):
     """Cache layer of one full-attention layer; sequences of a batch are stored apart and without padding."""
 
     is_sliding = False
@@ -71,17 +70,11 @@ class ShadowKVLayer(CacheLayerMixin):
                 f"{module_name} did not hand its keys to longshadow's attention (it copied them, or the last "
                 "forward was interrupted): this model is not supported, or call cache.reset() and start over"
             )
-        current = self._state.model_config._attn_implementation
-        if current != self._state.implementation:
-            raise RuntimeError(
-                f"{module_name} runs attention implementation {current!r}, but a ShadowKVCache needs "
-                f"{self._state.implementation!r}: use the cache inside `with ShadowKVCache.for_model(...)`"
-            )
+        marked = announce(self._attention.module, self, key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._num_expected = key_states.shape[2]
-        expect_handoff(self._attention.module, self)
-        return mark(key_states, self), value_states
+        return marked, value_states
 
     def attend(
         self,
@@ -138,10 +131,8 @@ class ShadowKVLayer(CacheLayerMixin):
         rows = positions.begin(self._num_seen, batch_size, num_new, mask)
         self._num_seen += num_new
         if self._attention.layout is not None and self._state.config.key_store == "low_rank":
-            if position_ids is None or position_ids.dim() != 2:
-                raise RuntimeError(
-                    f"{type(self._attention.module).__name__} does not pass position_ids [batch, tokens] on"
-                )
+            if position_ids is None:
+                raise RuntimeError(f"{type(self._attention.module).__name__} does not pass position_ids on")
             positions.log_rotation(self._attention.layer_type, position_ids)
         return rows
 

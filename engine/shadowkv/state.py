@@ -34,8 +34,6 @@ class CacheState:
     config: ShadowKVConfig
     positions: TokenPositions
     segment_tokens: int
-    implementation: str
-    model_config: Any
     peak: PeakMemory
     counts: StepCounts = field(default_factory=StepCounts)
     layers: list[weakref.ref["ShadowKVLayer"]] = field(default_factory=list)

@@ -13,12 +13,23 @@ from tests.engine.shadowkv.families import tiny_model
 IDS = torch.arange(2, 42).unsqueeze(0)
 
 
-def test_an_attention_that_is_not_ours_raises() -> None:
+def test_an_attention_that_the_user_sets_meanwhile_is_the_models_own_and_stays() -> None:
     model = tiny_model("llama")
-    with ShadowKVCache.for_model(model) as cache:
+    with ShadowKVCache.for_model(model) as cache, torch.no_grad():
+        expected = model(IDS, past_key_values=cache).logits
+        cache.reset()
         model.set_attn_implementation("sdpa")
-        with pytest.raises(RuntimeError, match="LlamaAttention runs attention implementation 'sdpa'"):
-            model(IDS, past_key_values=cache)
+        assert torch.equal(model(IDS, past_key_values=cache).logits, expected)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_cache_of_another_model_raises() -> None:
+    model, other = tiny_model("llama"), tiny_model("llama")
+    with ShadowKVCache.for_model(model) as cache:
+        with pytest.raises(RuntimeError, match="with the model it was made for"):
+            other(IDS, past_key_values=cache)
+        with ShadowKVCache.for_model(other), pytest.raises(ValueError, match="made for another model"):
+            other(IDS, past_key_values=cache)
 
 
 def test_a_closed_cache_raises() -> None:
@@ -34,11 +45,11 @@ def test_a_model_that_copies_its_keys_raises(monkeypatch: pytest.MonkeyPatch) ->
     with ShadowKVCache.for_model(model) as cache:
         update = cache.update
         monkeypatch.setattr(cache, "update", lambda *args, **kw: tuple(x.clone() for x in update(*args, **kw)))
-        with pytest.raises(RuntimeError, match="LlamaAttention copies its keys"):
+        with pytest.raises(RuntimeError, match="LlamaAttention copies its keys"), torch.no_grad():
             model(IDS, past_key_values=cache)
 
 
-def test_a_model_with_attention_of_its_own_raises_at_the_next_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_with_attention_of_its_own_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", num_hidden_layers=1)
     modeling = sys.modules[type(model).__module__]
 
@@ -48,9 +59,8 @@ def test_a_model_with_attention_of_its_own_raises_at_the_next_layer(monkeypatch:
 
     with ShadowKVCache.for_model(model) as cache, torch.no_grad():
         monkeypatch.setattr(modeling, "ALL_ATTENTION_FUNCTIONS", OwnAttention())
-        model(IDS, past_key_values=cache)
         with pytest.raises(RuntimeError, match="LlamaAttention did not hand its keys"):
-            model(IDS[:, :1], past_key_values=cache)
+            model(IDS, past_key_values=cache)
 
 
 def test_an_interrupted_forward_is_noticed_and_reset_recovers() -> None:

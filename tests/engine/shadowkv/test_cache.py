@@ -310,23 +310,27 @@ def test_more_candidates_find_more_of_the_attention(llama: Any) -> None:
     assert errors[0] > errors[1] > errors[2]
 
 
-def test_leaving_restores_the_models_attention_with_the_last_cache(llama: Any) -> None:
-    before = llama.config._attn_implementation
+def test_the_model_is_as_before_after_its_last_cache(llama: Any) -> None:
+    def attributes() -> list[dict[str, Any]]:
+        return [dict(vars(module)) for module in llama.modules()]
+
+    before = attributes()
     first = ShadowKVCache.for_model(llama)
-    second = ShadowKVCache.for_model(llama)
-    assert llama.config._attn_implementation != before
+    second = ShadowKVCache.for_model(llama.model)
+    opened = attributes()
+    assert opened != before
     first.close()
     first.close()
-    assert llama.config._attn_implementation != before
+    assert attributes() == opened
     with second:
         pass
-    assert llama.config._attn_implementation == before
+    assert attributes() == before
     with first:
-        assert llama.config._attn_implementation != before
+        assert attributes() != before
     dropped = ShadowKVCache.for_model(llama)
     del dropped
     gc.collect()
-    assert llama.config._attn_implementation == before
+    assert attributes() == before
 
 
 def test_several_caches_and_models_are_alive_at_once(llama: Any) -> None:
