@@ -128,8 +128,9 @@ def test_questions_on_a_document_are_read_together() -> None:
 
 def test_close_gives_the_model_its_own_attention_back() -> None:
     model = tiny_model("llama")
+    before = [dict(vars(module)) for module in model.modules()]
     runner = ModelRunner(model, CONFIG, 64)
-    assert model.config._attn_implementation == "longshadow"
+    assert [dict(vars(module)) for module in model.modules()] != before
     runner.close()
     runner.close()
-    assert model.config._attn_implementation == "eager"
+    assert [dict(vars(module)) for module in model.modules()] == before
