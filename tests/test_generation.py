@@ -143,8 +143,8 @@ def test_sampling_repeats_with_its_seed(loaded: LoadedModel) -> None:
     ("arguments", "message"),
     [
         ({"max_new_tokens": 0}, "at least 1, got 0"),
-        ({"temperature": -1.0}, "or above, got -1.0"),
-        ({"temperature": float("nan")}, "or above, got nan"),
+        ({"temperature": -1.0}, "at least 0 and finite, got -1.0"),
+        ({"temperature": float("nan")}, "at least 0 and finite, got nan"),
         ({"top_p": 0.0}, "above 0 and at most 1, got 0.0"),
     ],
 )

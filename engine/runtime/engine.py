@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from longshadow.engine.runtime.accounting import Accounting
+from longshadow.engine.runtime.accounting import Accounting, Need
 from longshadow.engine.runtime.batch_room import BatchReservation
 from longshadow.engine.runtime.counters import Counters
 from longshadow.engine.runtime.documents import Document
@@ -86,9 +86,15 @@ class Engine:
             for job in jobs:
                 self._check_size(job)
 
+    def could_admit(self, need: Need, num_slots: int) -> bool:
+        """Whether a job of this need would be admitted if there were no other."""
+        with self._lock:
+            alone = self.scheduler.need_alone(need, num_slots)
+            return self.budget.could_fit(alone, beside=self.holdings.held)
+
     def _check_size(self, job: Job) -> None:
-        need, left = self.scheduler.need_alone(job), self.budget.limits - self.holdings.held
-        if not self.budget.could_fit(need, beside=self.holdings.held):
+        if not self.could_admit(job.need, job.num_slots):
+            need, left = self.scheduler.need_alone(job.need, job.num_slots), self.budget.limits - self.holdings.held
             raise RequestTooLong(
                 f"{job.num_prompt:,} tokens and their answers need {need.device:,} bytes of device and {need.host:,} "
                 f"of host memory, beside the engine's documents there are {left.device:,} and {left.host:,}"

@@ -19,6 +19,7 @@ from longshadow.engine.runtime.intake import Intake, Prompt, as_params, as_promp
 from longshadow.engine.runtime.library import Library
 from longshadow.engine.runtime.loading import end_tokens, load
 from longshadow.engine.runtime.memory import Bytes, MemoryBudget
+from longshadow.engine.runtime.model_defaults import ModelDefaults
 from longshadow.engine.runtime.outputs import EngineStatistics, RequestOutput
 from longshadow.engine.runtime.prefixes import PrefixCache
 from longshadow.engine.runtime.runner import ModelRunner
@@ -86,20 +87,13 @@ class LLM:
         self.model, self.tokenizer = load(model, tokenizer, adapter)
         self.max_model_len = _model_len(self.model, max_model_len)
         self.max_num_seqs = max_num_seqs
+        defaults = ModelDefaults.of(self.model, end_tokens(self.model, self.tokenizer))
+        defaults.warn()
         config = shadowkv or ShadowKVConfig()
         self._runner = ModelRunner(self.model, config, self.max_model_len)
         try:
             self._accounting = Accounting(
                 self._runner.shapes, config, self._runner.device, is_batched=self._runner.batched is not None
-            )
-            self._intake = Intake(
-                tokenizer=self.tokenizer,
-                end_tokens=end_tokens(self.model, self.tokenizer),
-                vocab_size=self.model.config.get_text_config(decoder=True).vocab_size,
-                max_model_len=self.max_model_len,
-                max_num_seqs=max_num_seqs,
-                accounting=self._accounting,
-                device=self._runner.device,
             )
             budget = MemoryBudget.of(self._runner.device, device_memory, host_memory)
             limits = budget.limits
@@ -121,6 +115,16 @@ class LLM:
                 max_num_seqs=max_num_seqs,
                 max_prefill_tokens=max_prefill_tokens,
                 max_num_waiting=max_num_waiting,
+            )
+            self._intake = Intake(
+                tokenizer=self.tokenizer,
+                defaults=defaults,
+                vocab_size=self.model.config.get_text_config(decoder=True).vocab_size,
+                max_model_len=self.max_model_len,
+                max_num_seqs=max_num_seqs,
+                accounting=self._accounting,
+                could_admit=self._engine.could_admit,
+                device=self._runner.device,
             )
         except BaseException:
             self._runner.close()
@@ -205,9 +209,8 @@ class LLM:
         Raises:
             ValueError: it is empty. RequestTooLong, QueueFull, EngineClosed.
         """
-        tokens = encode_document(self._intake.need_tokenizer("texts"), text) if isinstance(text, str) else list(text)
-        self._intake.check_tokens(tokens)
-        return self._library.read(tokens, name, on_progress)
+        tokens = encode_document(self._intake.need_tokenizer("texts"), text) if isinstance(text, str) else text
+        return self._library.read(self._intake.checked_tokens(tokens), name, on_progress)
 
     def load_document(self, path: str | Path) -> Document:
         """A document that `Document.save` wrote, with its id and name.

@@ -1,7 +1,7 @@
 """A request as the engine works on it: its completions, their text, and who hears of them."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from longshadow.engine.runtime.documents import Document
 from longshadow.engine.runtime.memory import Bytes
+from longshadow.engine.runtime.model_defaults import ModelDefaults
 from longshadow.engine.runtime.outputs import (
     CompletionOutput,
     FinishReason,
@@ -45,6 +46,7 @@ class Completion:
         self.token_ids.append(token)
         if params.logprobs is not None:
             self.logprobs.append(log_probabilities(logits_V, token, params.logprobs, self._token_text))
+        assert params.min_tokens is not None
         may_stop = len(self.token_ids) >= params.min_tokens
         if may_stop and token in (params.stop_token_ids or ()):
             self.finish("stop", token)
@@ -111,6 +113,7 @@ class Request(Job):
     def max_tokens(self) -> int:
         """The longest it can get, its document included."""
         history = 0 if self.document is None else self.document.num_tokens
+        assert self.params.max_tokens is not None
         return history + len(self.prompt) + self.params.max_tokens
 
     @property
@@ -145,18 +148,20 @@ def make_completions(
     params: SamplingParams,
     prompt: list[int],
     tokenizer: PreTrainedTokenizerBase | None,
-    end_tokens: Sequence[int],
+    defaults: ModelDefaults,
     device: torch.device,
 ) -> list[Completion]:
-    """`params.n` completions without tokens, whose logits will be on `device`."""
-    suppressed = [*(params.stop_token_ids or ()), *(() if params.ignore_eos else end_tokens)]
+    """`params.n` completions without tokens, whose logits will be on `device`; no parameter is None."""
+    suppressed = [*(params.stop_token_ids or ()), *(() if params.ignore_eos else defaults.end_tokens)]
     return [
         Completion(
             index=index,
             params=params,
-            sampler=Sampler.of(params, index=index, prompt=prompt, end_tokens=suppressed, device=device),
+            sampler=Sampler.of(
+                params, index=index, prompt=prompt, end_tokens=suppressed, device=device, defaults=defaults
+            ),
             text=TextStream(tokenizer, params.stops),
-            end_tokens=frozenset(end_tokens),
+            end_tokens=frozenset(defaults.end_tokens),
             tokenizer=tokenizer,
         )
         for index in range(params.n)

@@ -19,10 +19,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from longshadow.engine.runtime.model_defaults import ModelDefaults
 from longshadow.engine.runtime.outputs import TokenLogprob
 from longshadow.engine.runtime.sampling_params import SamplingParams
 
 TokenText = Callable[[int], str]
+Group = tuple[float | None, int | None, float | None, float | None]
 
 
 class OccurrencePenalties(LogitsProcessor):
@@ -64,27 +66,29 @@ class Sampler:
         prompt: list[int],
         end_tokens: Sequence[int],
         device: torch.device,
+        defaults: ModelDefaults,
     ) -> "Sampler":
-        """For completion `index` of a request; its logits are on `device`."""
+        """For completion `index` of a request, of whose parameters none is None; its logits are on `device`."""
         return cls(
             params=params,
             random=random.Random() if params.seed is None else random.Random(f"{params.seed}/{index}"),
-            penalties=_penalties(params, len(prompt), end_tokens, device),
-            warpers=_warpers(params),
+            penalties=_penalties(params, len(prompt), end_tokens, device, defaults),
+            warpers=_warpers(params, device, defaults),
             tokens=list(prompt),
         )
 
     @property
-    def group(self) -> tuple[float, int, float, float] | None:
+    def group(self) -> Group | None:
         """Completions of one group are warped together; None takes the most likely token."""
         params = self.params
         return None if params.is_greedy else (params.temperature, params.top_k, params.top_p, params.min_p)
 
 
 def _penalties(
-    params: SamplingParams, num_prompt: int, end_tokens: Sequence[int], device: torch.device
+    params: SamplingParams, num_prompt: int, end_tokens: Sequence[int], device: torch.device, defaults: ModelDefaults
 ) -> LogitsProcessorList:
-    processors = LogitsProcessorList()
+    processors = defaults.before_penalties()
+    assert params.repetition_penalty is not None
     if params.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty)))
     if params.presence_penalty or params.frequency_penalty:
@@ -93,24 +97,29 @@ def _penalties(
                 presence=params.presence_penalty, frequency=params.frequency_penalty, num_prompt=num_prompt
             )
         )
+    processors += defaults.after_penalties(num_prompt, device)
     if params.min_tokens and end_tokens:
         suppressed = torch.tensor(end_tokens, device=device)
         processors.append(MinNewTokensLengthLogitsProcessor(num_prompt, params.min_tokens, suppressed))
     return processors
 
 
-def _warpers(params: SamplingParams) -> LogitsProcessorList:
+def _warpers(params: SamplingParams, device: torch.device, defaults: ModelDefaults) -> LogitsProcessorList:
     warpers = LogitsProcessorList()
     if params.is_greedy:
         return warpers
+    assert params.temperature is not None and params.top_k is not None
+    assert params.top_p is not None and params.min_p is not None
     if params.temperature != 1:
         warpers.append(TemperatureLogitsWarper(float(params.temperature)))
+    warpers += defaults.before_top_k()
     if params.top_k > 0:
         warpers.append(TopKLogitsWarper(params.top_k))
     if params.top_p < 1:
         warpers.append(TopPLogitsWarper(float(params.top_p)))
     if params.min_p > 0:
         warpers.append(MinPLogitsWarper(float(params.min_p)))
+    warpers += defaults.after_min_p(device)
     return warpers
 
 
@@ -124,7 +133,7 @@ def choose_tokens(logits_BV: torch.Tensor, samplers: Sequence[Sampler]) -> list[
         sampler.penalties(_ids(sampler, scores), scores)[0] if sampler.penalties else scores[0]
         for sampler, scores in zip(samplers, scores_BV.split(1), strict=True)
     ]
-    groups: dict[tuple[float, int, float, float] | None, list[int]] = {}
+    groups: dict[Group | None, list[int]] = {}
     for row, sampler in enumerate(samplers):
         groups.setdefault(sampler.group, []).append(row)
     chosen = [0] * len(samplers)

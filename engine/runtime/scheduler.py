@@ -108,9 +108,9 @@ class Scheduler:
         jobs = [*self.reading, *self.decoding, *more]
         return Room.of((job.num_slots, job.need.room) for job in jobs)
 
-    def need_alone(self, job: Job) -> Bytes:
-        """What a job needs when there is no other."""
-        return job.need.prefill + self.batch.bytes(Room.of([(job.num_slots, job.need.room)]))
+    def need_alone(self, need: Need, num_slots: int) -> Bytes:
+        """What a job of this need takes when there is no other."""
+        return need.prefill + self.batch.bytes(Room.of([(num_slots, need.room)]))
 
     def _admit(self, job: Job) -> None:
         room = self._room_with(job)

@@ -57,8 +57,12 @@ def generate(
     value_dtype: ValueFormat = None,
     compare: Annotated[bool, typer.Option("--compare", help="Run full attention too; show both.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token, above 0 samples.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="When sampling: from the likeliest this probability.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 takes the likeliest token, above 0 samples. Default: the model's.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="When sampling: from the likeliest this probability. Default: the model's.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="When sampling: of the random numbers.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if any.")] = None,
     dtype: Annotated[DType | None, typer.Option(help="Default: float32 on a CPU, as stored on a GPU.")] = None,

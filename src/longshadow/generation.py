@@ -11,6 +11,9 @@ from transformers import (
     set_seed,
 )
 
+from longshadow.engine.runtime import SamplingParams
+from longshadow.engine.runtime.loading import end_tokens
+from longshadow.engine.runtime.model_defaults import ModelDefaults
 from longshadow.engine.shadowkv import MemoryReport, ShadowKVCache, ShadowKVConfig, graphed_decoding
 from longshadow.models import LoadedModel
 from longshadow.streaming import (
@@ -24,7 +27,7 @@ from longshadow.streaming import (
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen.
+    """How tokens are chosen; None: as the model's generation_config says, as for `SamplingParams`.
 
     Args:
         max_new_tokens: tokens to generate at most; at least 1.
@@ -34,23 +37,45 @@ class Sampling:
     """
 
     max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
+    temperature: float | None = None
+    top_p: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 (most likely token) or above, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        self.params()
 
-    def arguments(self) -> dict[str, Any]:
-        """For `model.generate`; they win over the model's own defaults."""
-        if self.temperature == 0:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+    def params(self) -> SamplingParams:
+        """As the engine takes them. Raises ValueError for values out of range."""
+        return SamplingParams(
+            max_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
+        )
+
+    def arguments(self, loaded: LoadedModel) -> dict[str, Any]:
+        """For `model.generate`: the engine's rule for what is not said here."""
+        ends = end_tokens(loaded.model, loaded.tokenizer)
+        params = ModelDefaults.of(loaded.model, ends).fill(self.params(), self.max_new_tokens)
+        # A stream has one sequence.
+        chosen = {
+            "max_new_tokens": self.max_new_tokens,
+            "num_beams": 1,
+            "repetition_penalty": params.repetition_penalty,
+        }
+        if ends:
+            chosen["eos_token_id"] = list(ends)
+        if params.stops:
+            chosen |= {"stop_strings": list(params.stops), "tokenizer": loaded.tokenizer}
+        if params.is_greedy:
+            return chosen | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None}
+        # transformers' own top_k, where none is named, is neither the model's choice nor the user's.
+        return chosen | {
+            "do_sample": True,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": max(0, params.top_k or 0),
+            "min_p": params.min_p or None,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,10 +198,9 @@ def _stream(
                 model.generate(
                     prompt_ids,
                     attention_mask=torch.ones_like(prompt_ids),
-                    max_new_tokens=sampling.max_new_tokens,
                     past_key_values=cache,
                     streamer=streamer,
-                    **sampling.arguments(),
+                    **sampling.arguments(loaded),
                 )
         except KeyboardInterrupt:
             streamer.end()  # half a character may be held back

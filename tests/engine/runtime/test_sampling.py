@@ -6,10 +6,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longshadow import SamplingParams
+from longshadow.engine.runtime.model_defaults import ModelDefaults
 from longshadow.engine.runtime.sampling import Sampler, choose_tokens, log_probabilities
 
 VOCABULARY = 50
 CPU = torch.device("cpu")
+DEFAULTS = ModelDefaults(temperature=1.0)
 
 
 def logits(rows: int, seed: int = 0) -> torch.Tensor:
@@ -17,17 +19,16 @@ def logits(rows: int, seed: int = 0) -> torch.Tensor:
 
 
 def sampler(index: int = 0, prompt: list[int] | None = None, ends: tuple[int, ...] = (), **params: Any) -> Sampler:
-    return Sampler.of(
-        SamplingParams(max_tokens=1000, **params), index=index, prompt=prompt or [1, 2, 3], end_tokens=ends, device=CPU
-    )
+    filled = DEFAULTS.fill(SamplingParams(max_tokens=1000, **params), room=1000)
+    return Sampler.of(filled, index=index, prompt=prompt or [1, 2, 3], end_tokens=ends, device=CPU, defaults=DEFAULTS)
 
 
 def test_least_tokens_are_kept_where_the_logits_are() -> None:
     """By tensors that have a device and no memory."""
-    params = SamplingParams(max_tokens=9, min_tokens=3)
+    params = DEFAULTS.fill(SamplingParams(max_tokens=9, min_tokens=3), room=9)
     with FakeTensorMode():
         device = torch.device("cuda")
-        one = Sampler.of(params, index=0, prompt=[1, 2], end_tokens=[3], device=device)
+        one = Sampler.of(params, index=0, prompt=[1, 2], end_tokens=[3], device=device, defaults=DEFAULTS)
         ids, scores = torch.zeros(1, 2, dtype=torch.long, device=device), torch.zeros(1, VOCABULARY, device=device)
         assert one.penalties(ids, scores).device.type == "cuda"
 
