@@ -47,8 +47,9 @@ class LLM:
         max_model_len: tokens of document, prompt and answer together. Default: what the model was made for.
         max_prefill_tokens: prompt tokens that a step reads beside decoding, at least 64.
         max_num_waiting: requests that may wait; more raise QueueFull.
-        device_memory: for sequences, documents and their workspace, the weights apart: bytes, a size such as "8G", or a
-            share of what is free when the engine is made. On a CPU this is main memory, host_memory's included.
+        device_memory: for sequences, documents and their workspace, the weights apart: bytes, a size such as "8G"
+            (8 x 10^9 bytes) or "8GiB" (8 x 2^30), or a share of what is free when the engine is made. On a CPU this is
+            main memory, host_memory's included.
         host_memory: for what the cache keeps in main memory. Default: 90% of what is free; on a CPU device_memory.
         prefix_cache: keep prompts' tokens for later prompts that begin alike; does not change answers.
 

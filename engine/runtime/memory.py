@@ -1,13 +1,13 @@
 """How much memory an engine may use, and what is taken of it."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+from longshadow.sizes import parse_share_or_bytes
+
 HOST_SHARE = "90%"
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -47,9 +47,10 @@ class MemoryBudget:
         """The user's limits, percentages being those of what is free now. Raises ValueError for a malformed one."""
         shared = device.type == "cpu"
         free = available_main_memory() if shared else torch.cuda.mem_get_info(device)[0]
-        device_limit = parse_memory("device_memory", device_memory, free)
+        device_limit = parse_share_or_bytes(device_memory, free, "device_memory")
         if host_memory is not None or not shared:
-            host_limit = parse_memory("host_memory", host_memory or HOST_SHARE, available_main_memory())
+            wanted = HOST_SHARE if host_memory is None else host_memory
+            host_limit = parse_share_or_bytes(wanted, available_main_memory(), "host_memory")
         else:
             host_limit = device_limit
         return cls(device_limit=device_limit, host_limit=host_limit, shared=shared)
@@ -80,19 +81,6 @@ class MemoryBudget:
         """Gives memory back."""
         self.reserved -= freed
         assert self.reserved.device >= 0 and self.reserved.host >= 0, "more memory was given back than taken"
-
-
-def parse_memory(name: str, value: str | int, free: int) -> int:
-    """Bytes of `8G`, `512MiB`, a number, or a share of what is free such as `90%`. Raises ValueError for others."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:(%)|([KMGT]?)(?:i?B)?)\s*", str(value), re.IGNORECASE)
-    amount = float(found[1]) if found and isinstance(value, str) else 0.0
-    if not found or amount <= 0 or (found[2] and amount > 100):
-        raise ValueError(
-            f"{name} must be bytes, a size such as 8G, or a share such as 90% (above 0, at most 100%), got {value!r}"
-        )
-    return int(amount / 100 * free) if found[2] else int(amount * UNITS[(found[3] or "").upper()])
 
 
 def available_main_memory() -> int:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from longshadow.cli_common import CHECK_FAILED, DType, log_to_stderr, torch_dtype, user_errors
+from longshadow.sizes import UNITS_HELP, parse_bytes
 
 adapter_app = typer.Typer(help="Inspect, verify, evaluate, merge and export LoRA adapters.", no_args_is_help=True)
 
@@ -37,7 +38,9 @@ def inspect(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if any.")] = None,
     max_memory: Annotated[
         str | None,
-        typer.Option(help="With --original, such as 8GB; it stays on disk if need be. Default: what is free."),
+        typer.Option(
+            help=f"With --original, as 8GB ({UNITS_HELP}); it stays on disk if need be. Default: what is free."
+        ),
     ] = None,
     json_output: Json = False,
     debug: Debug = False,
@@ -50,9 +53,8 @@ def inspect(
         if original is not None:
             from longshadow.compress.inspection import inspect_quantized, print_inspection
             from longshadow.display import LayerBar
-            from longshadow.sizes import parse_bytes
 
-            limit = None if max_memory is None else parse_bytes(max_memory)
+            limit = None if max_memory is None else parse_bytes(max_memory, "--max-memory")
             with LayerBar("inspecting") as bar:
                 inspection = inspect_quantized(
                     original, str(adapter), device=device, max_memory=limit, on_block=bar.update

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from longshadow.cli_common import DType, log_to_stderr, user_errors
+from longshadow.sizes import UNITS_HELP, parse_bytes
 
 
 class Propagate(StrEnum):
@@ -73,7 +74,7 @@ def compensate(
     dtype: Annotated[DType, typer.Option(help="Of the adapter.")] = DType.bfloat16,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if any.")] = None,
     max_memory: Annotated[
-        str | None, typer.Option(help="Such as 8GB; the original stays on disk if need be. Default: what is free.")
+        str | None, typer.Option(help=f"{UNITS_HELP}; the original stays on disk if need be. Default: what is free.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
@@ -92,7 +93,6 @@ def compensate(
         from longshadow.compress.planning import plan_compensation
         from longshadow.compress.table import print_compensation, print_plan
         from longshadow.display import LayerBar
-        from longshadow.sizes import parse_bytes
 
         options = CompensationOptions(
             rank=rank,
@@ -107,7 +107,7 @@ def compensate(
             num_samples=num_samples,
             propagate=propagate.value,
             dtype=getattr(torch, dtype.value),
-            max_memory=None if max_memory is None else parse_bytes(max_memory),
+            max_memory=None if max_memory is None else parse_bytes(max_memory, "--max-memory"),
         )
         if quantize is not None:
             from longshadow.compress.quantize import quantization_config, quantize_model

@@ -7,6 +7,7 @@ import typer
 
 from longshadow.cli_common import user_errors
 from longshadow.engine.planning.implementation import PUBLISHED_HIT_RATE
+from longshadow.sizes import UNITS_HELP, parse_bytes, parse_tokens
 
 
 def plan(
@@ -15,7 +16,9 @@ def plan(
     context: Annotated[str, typer.Option(help="Tokens of each prompt: 122k is 122 x 1,024.")],
     new_tokens: Annotated[int, typer.Option(help="Tokens that each sequence generates.")] = 512,
     batch: Annotated[int | None, typer.Option(help="Sequences at a time. Default: the largest that fits.")] = None,
-    host_memory: Annotated[str | None, typer.Option(help="Of the machine, such as 128G. Default: enough.")] = None,
+    host_memory: Annotated[
+        str | None, typer.Option(help=f"Of the machine, such as 128G; {UNITS_HELP}. Default: enough.")
+    ] = None,
     hit_rate: Annotated[
         float,
         typer.Option(help="Share of a step's candidates that the step before had, too; the default is published."),
@@ -32,7 +35,6 @@ def plan(
         from longshadow.engine.planning.hardware import find_hardware
         from longshadow.engine.planning.reading import read_shape
         from longshadow.engine.planning.table import print_comparison, to_dict
-        from longshadow.sizes import parse_bytes, parse_tokens
 
         question = Question(
             shape=read_shape(model),
@@ -40,7 +42,7 @@ def plan(
             num_prompt_tokens=parse_tokens(context),
             num_new_tokens=new_tokens,
             batch=batch,
-            host_memory_bytes=None if host_memory is None else parse_bytes(host_memory),
+            host_memory_bytes=None if host_memory is None else parse_bytes(host_memory, "--host-memory"),
             hit_rate=hit_rate,
         )
         predictions = compare(question)

@@ -10,6 +10,7 @@ import typer
 from longshadow.cli_common import DType, log_to_stderr, torch_dtype, user_errors
 from longshadow.env import API_KEY_VARIABLE
 from longshadow.shadowkv_options import Budget, KeyFormat, Rank, ValueFormat, check_rank, shadowkv_config
+from longshadow.sizes import UNITS_HELP
 
 LIBRARIES = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -47,10 +48,12 @@ def serve(
         int | None, typer.Option(help="Tokens of document, prompt and answer together. Default: the model's.")
     ] = None,
     max_num_waiting: Annotated[int, typer.Option(help="Requests that may wait; further ones get status 429.")] = 256,
-    device_memory: Annotated[str, typer.Option(help="For caches on the device: 4GB, or a share of what is free.")] = (
-        "90%"
-    ),
-    host_memory: Annotated[str | None, typer.Option(help="For caches in host memory. Default: the engine's.")] = None,
+    device_memory: Annotated[
+        str, typer.Option(help=f"For caches on the device: a size ({UNITS_HELP}), or a share of what is free.")
+    ] = "90%",
+    host_memory: Annotated[
+        str | None, typer.Option(help="The same for caches in host memory. Default: 90%; on a CPU --device-memory's.")
+    ] = None,
     max_body_mb: Annotated[int, typer.Option(help="Largest request body in MiB; larger ones get status 413.")] = 32,
     max_connections: Annotated[
         int, typer.Option(help="Clients connected at once; fewer where the limit of open files (ulimit -n) is lower.")

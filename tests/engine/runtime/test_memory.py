@@ -1,23 +1,19 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from longshadow.engine.runtime import memory
-from longshadow.engine.runtime.memory import Bytes, MemoryBudget, parse_memory
+from longshadow.engine.runtime.memory import Bytes, MemoryBudget
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("50%", 500), ("100 %", 1000), ("8G", 8 * 2**30), ("1.5 MiB", 3 * 2**19), ("2kb", 2048), ("7", 7), (9, 9)],
-)
-def test_sizes_and_shares(text: str | int, expected: int) -> None:
-    assert parse_memory("device_memory", text, 1000) == expected
-
-
-@pytest.mark.parametrize("text", ["", "0", "101%", "-1", "8X", "G", 0, -5, True, 1.5, "1e9", "8G%"])
-def test_refuses_others_by_name(text: str | int) -> None:
-    with pytest.raises(ValueError, match="device_memory must be"):
-        parse_memory("device_memory", text, 1000)
+@pytest.mark.parametrize("place", ["device_memory", "host_memory"])
+@pytest.mark.parametrize("text", ["", "0", "101%", "-1", "8X", 0, True, 1.5, "8G%", "inf", "nan%"])
+def test_refuses_malformed_limits_by_name(place: str, text: str | int) -> None:
+    limits: dict[str, Any] = {"device_memory": "50%", "host_memory": "50%", place: text}
+    with pytest.raises(ValueError, match=f"{place} must be"):
+        MemoryBudget.of(torch.device("cpu"), **limits)
 
 
 def test_pages_of_files_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
