@@ -1,7 +1,8 @@
 """Prompts in a model's chat format, with and without a document that was read before.
 
 A document is the beginning of the first user message. Where the template would put it is found by rendering a marker
-in its place: what stands before the marker is read with the document, what follows it with each question.
+in its place: what stands before the marker is read with the document, what follows it with each question. Control
+tokens that stand in documents or messages are text.
 """
 
 import secrets
@@ -9,19 +10,25 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from longshadow.engine.runtime.control_tokens import ControlTokens
+from longshadow.engine.runtime.messages import normalised
+from longshadow.engine.runtime.sampling_params import check_unicode
+
 BETWEEN = "\n\n"
 
 
 def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """A document as the beginning of a user's message, or as it is where there is no chat template."""
+    check_unicode("the document", text)
     text = text.strip()
     if not text:
         raise ValueError("the document is empty")
+    control = ControlTokens(tokenizer)
     if not tokenizer.chat_template:
-        return list(tokenizer(text).input_ids)
+        return control.encode_text(text)
     marker = _marker()
     before, _, _ = _render(tokenizer, [{"role": "user", "content": marker}]).partition(marker)
-    return list(tokenizer(before + text, add_special_tokens=False).input_ids)
+    return control.encode(before + control.marked(text))
 
 
 def encode_chat(
@@ -32,22 +39,22 @@ def encode_chat(
     A system message cannot precede a document that has been read already, so it then stands before the question.
 
     Raises:
-        ValueError: there is no chat template, or it refuses the messages.
+        ValueError: there is no chat template, it refuses the messages, or they are no messages of text.
     """
     if not tokenizer.chat_template:
         raise ValueError("the model's tokenizer has no chat template; give a text or token ids instead")
-    if not messages:
-        raise ValueError("messages must hold at least one message")
+    control = ControlTokens(tokenizer)
+    turns: list[dict[str, Any]] = control.marked(normalised(messages))
     if not after_document:
-        return list(tokenizer(_render(tokenizer, messages), add_special_tokens=False).input_ids)
-    system = [str(message["content"]) for message in messages if message.get("role") == "system"]
-    turns = [dict(message) for message in messages if message.get("role") != "system"]
-    if not turns or turns[0].get("role") != "user":
+        return control.encode(_render(tokenizer, turns))
+    system = [turn["content"] for turn in turns if turn["role"] == "system"]
+    turns = [turn for turn in turns if turn["role"] != "system"]
+    if not turns or turns[0]["role"] != "user":
         raise ValueError("after a document the first message must be the user's")
     marker = _marker()
-    turns[0]["content"] = BETWEEN.join([marker, *system, str(turns[0]["content"])])
+    turns[0]["content"] = BETWEEN.join([marker, *system, turns[0]["content"]])
     _, _, after = _render(tokenizer, turns).partition(marker)
-    return list(tokenizer(after, add_special_tokens=False).input_ids)
+    return control.encode(after)
 
 
 def _marker() -> str:

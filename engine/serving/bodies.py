@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from longshadow.engine.runtime.messages import joined, template_role
 from longshadow.engine.runtime.sampling_params import LARGEST_SEED, SamplingParams
 from longshadow.engine.serving.errors import ApiError
 from longshadow.engine.serving.neutral import OnlyDefault
@@ -73,9 +74,9 @@ class Message(Body):
     function_call: Neutral = None
 
     def as_turn(self) -> dict[str, str]:
-        """As chat templates take it; a developer's message is what was called a system message before."""
-        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        """As chat templates take it."""
+        content = self.content if isinstance(self.content, str) else joined(part.text for part in self.content)
+        return {"role": template_role(self.role), "content": content}
 
 
 class Generation(Body):

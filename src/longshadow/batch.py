@@ -118,10 +118,7 @@ def parse_task(llm: LLM, task: Task, defaults: SamplingParams) -> tuple[str | li
             changes[name] = tuple(changes[name])
     params = dataclasses.replace(defaults, **changes)
     if "messages" in content:
-        messages = content["messages"]
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise ValueError("messages must be a list of objects")
-        return llm.chat_prompt(messages), params
+        return llm.chat_prompt(content["messages"]), params
     prompt = content["prompt"]
     if not isinstance(prompt, str | list):
         raise ValueError("prompt must be a text or a list of token ids")

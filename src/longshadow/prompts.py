@@ -32,18 +32,17 @@ def read_document(source: str) -> str:
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", document: str, question: str | None) -> "torch.Tensor":
     """Token ids [1, n] of a document and a question: one user message where there is a chat template."""
+    import torch
+
+    from longshadow.engine.runtime.chat import encode_chat
+    from longshadow.engine.runtime.control_tokens import ControlTokens
+
     content = f"{document.strip()}\n\n{question}" if question else document.strip()
-    if not tokenizer.chat_template:
-        encoded = tokenizer(content, return_tensors="pt")
+    if tokenizer.chat_template:
+        tokens = encode_chat(tokenizer, [{"role": "user", "content": content}], after_document=False)
     else:
-        encoded = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-    ids: torch.Tensor = encoded["input_ids"]
-    return ids
+        tokens = ControlTokens(tokenizer).encode_text(content)
+    return torch.tensor([tokens])
 
 
 def room_for_new_tokens(prompt_tokens: int, max_positions: int | None, wanted: int) -> int:
