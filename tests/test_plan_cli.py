@@ -93,7 +93,7 @@ def test_nothing_fits() -> None:
         ({"--gpu": "b300"}, "no figures for a GPU 'b300': known are a100"),
         ({"--context": "long"}, "looks like 122k (units of 1,024 tokens) or 124928, got 'long'"),
         ({"--context": "200k"}, "more than the 131,072 positions of llama-3.1-8b"),
-        ({"--host-memory": "lots"}, "looks like 8GB or 512MB, got 'lots'"),
+        ({"--host-memory": "lots"}, "--host-memory must look like 8GB or 512MiB"),
         ({"--batch": "0"}, "the batch must be at least 1, got 0"),
         ({"--new-tokens": "0"}, "the number of new tokens must be at least 1, got 0"),
         ({"--hit-rate": "1.1"}, "the hit rate must be between 0 and 1, got 1.1"),

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from longshadow.engine.runtime.documents import Document
-    from longshadow.engine.runtime.errors import DocumentError, EngineClosed, QueueFull, RequestTooLong
+    from longshadow.engine.runtime.errors import (
+        DocumentError,
+        EngineClosed,
+        EngineDead,
+        QueueFull,
+        RequestFailed,
+        RequestTooLong,
+    )
     from longshadow.engine.runtime.llm import LLM
     from longshadow.engine.runtime.outputs import (
         CompletionOutput,
@@ -25,8 +32,10 @@ __all__ = [
     "Document",
     "DocumentError",
     "EngineClosed",
+    "EngineDead",
     "EngineStatistics",
     "QueueFull",
+    "RequestFailed",
     "RequestMetrics",
     "RequestOutput",
     "RequestTooLong",
@@ -38,7 +47,9 @@ _HOME = {
     "LLM": "llm",
     "Document": "documents",
     "SamplingParams": "sampling_params",
-    **dict.fromkeys(("DocumentError", "EngineClosed", "QueueFull", "RequestTooLong"), "errors"),
+    **dict.fromkeys(
+        ("DocumentError", "EngineClosed", "EngineDead", "QueueFull", "RequestFailed", "RequestTooLong"), "errors"
+    ),
     **dict.fromkeys(
         ("CompletionOutput", "EngineStatistics", "RequestMetrics", "RequestOutput", "TokenLogprob"), "outputs"
     ),

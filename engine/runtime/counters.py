@@ -16,7 +16,7 @@ class Counters:
     """Tokens since the start, and generated ones of the last seconds."""
 
     def __init__(self) -> None:
-        self.num_prompt = self.num_cached = self.num_generated = 0
+        self.num_prompt = self.num_cached = self.num_generated = self.num_failed = 0
         self._recent: deque[tuple[float, int]] = deque()
 
     def note_step(self, plan: Sequence[tuple[Job, int]], num_decoded: int) -> None:
@@ -36,6 +36,7 @@ class Counters:
             num_running=len(scheduler.reading) + sum(job.num_slots for job in scheduler.decoding),
             num_waiting=len(scheduler.waiting),
             num_documents=len(holdings.documents),
+            num_failed=self.num_failed,
             num_generated_tokens=self.num_generated,
             num_prompt_tokens=self.num_prompt,
             num_cached_tokens=self.num_cached,

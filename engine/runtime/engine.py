@@ -3,17 +3,21 @@
 Other threads only put jobs into it, mark them as cancelled, and hold documents; `_lock` guards what they share.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
 from longshadow.engine.runtime.accounting import Accounting, Need
+from longshadow.engine.runtime.batch import Chunk
 from longshadow.engine.runtime.batch_room import BatchReservation
 from longshadow.engine.runtime.counters import Counters
 from longshadow.engine.runtime.documents import Document
-from longshadow.engine.runtime.errors import EngineClosed, RequestTooLong
+from longshadow.engine.runtime.errors import EngineClosed, EngineDead, RequestTooLong
+from longshadow.engine.runtime.failures import Failures, tell_failed
 from longshadow.engine.runtime.holdings import Holdings
 from longshadow.engine.runtime.memory import Bytes, MemoryBudget
 from longshadow.engine.runtime.outcomes import Outcomes
@@ -23,6 +27,11 @@ from longshadow.engine.runtime.requests import Completion, Reading, Request
 from longshadow.engine.runtime.runner import ModelRunner
 from longshadow.engine.runtime.scheduler import Job, Scheduler
 from longshadow.engine.runtime.starts import Starts, next_chunk
+
+# In a row, of which nothing could be decoded.
+MOST_FAILED_STEPS = 3
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -55,10 +64,19 @@ class Engine:
         self._wake = threading.Condition(self._lock)
         self._requests: dict[str, Request] = {}
         self._closed: EngineClosed | None = None
+        self._failures = Failures()
+        # Those of a step that failed, of which each is read by itself until one fails, or all have been read.
+        self._suspects: list[Request | Reading] = []
+        self._num_failed_steps = 0
         self._counters = Counters()
         self._starts = Starts(runner, accounting, prefixes, self._counters)
         self._outcomes = Outcomes(
-            self.scheduler, self.holdings, self._starts, self._counters, finish_document=self._finish_document
+            self.scheduler,
+            self.holdings,
+            self._starts,
+            self._counters,
+            self._failures,
+            finish_document=self._finish_document,
         )
         self._thread = threading.Thread(target=self._run, name="longshadow-engine", daemon=True)
         self._thread.start()
@@ -169,27 +187,36 @@ class Engine:
 
     @property
     def is_closed(self) -> bool:
-        """Whether it takes no more jobs: it was closed, or its loop failed."""
+        """Whether it takes no more jobs: it was closed, or it failed."""
         return self._closed is not None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has failed and cannot go on."""
+        return isinstance(self._closed, EngineDead)
 
     def _check_open(self) -> None:
         if self._closed is not None:
-            raise EngineClosed(str(self._closed))
+            raise type(self._closed)(str(self._closed)) from self._closed.__cause__
 
     def _run(self) -> None:
         try:
             with torch.inference_mode():
                 while self._wait_for_work():
                     self._step()
-        except Exception as error:
+        # Whatever it is, nobody may wait for ever.
+        except BaseException as error:
+            logger.critical("the engine failed and has ended; every open request fails", exc_info=error)
             with self._lock:
-                self._closed = EngineClosed(f"the engine failed: {type(error).__name__}: {error}")
+                self._closed = EngineDead(f"the engine failed: {type(error).__name__}: {error}")
                 self._closed.__cause__ = error
         with self._lock:
             assert self._closed is not None
             for job in self._open_jobs():
-                self._leave(job)
-                job.sink(self._closed)
+                with suppress(Exception):
+                    self._leave(job)
+                with suppress(Exception):
+                    job.sink(self._closed)
             while self.holdings.evict():
                 pass
             self._wake.notify_all()
@@ -210,8 +237,7 @@ class Engine:
     def _step(self) -> None:
         with self._lock:
             self._drop_cancelled()
-            reading = self.scheduler.reading
-            plan = self.scheduler.plan(self._starts.begin, lambda job: self._starts.may_start(job, reading))
+            plan = self._plan()
             chunks = [next_chunk(job, count) for job, count in plan]
             decoding = [
                 (job, completion)
@@ -221,30 +247,116 @@ class Engine:
                 if completion.finish_reason is None
             ]
             if not chunks and not decoding:
+                self._let_failed_go()
                 # Only jobs that wait for memory or slots of others, which every change of those wakes.
                 if self._closed is None and self._open_jobs():
                     self._wake.wait(timeout=1.0)
                 return
-        read = self.runner.read(chunks) if chunks else None
-        decoded = self._decode([completion for _, completion in decoding])
+        plan, chunks, read = self._read(plan, chunks)
+        decoding, decoded = self._decode(decoding)
         with self._lock:
             self._counters.note_step(plan, len(decoding))
             changed = self._outcomes.take_decoded(decoding, decoded) | self._outcomes.take_read(plan, chunks, read)
-            finished = [request for request in changed if request.is_finished]
-            for request in finished:
-                self._leave(request)
+            for request in changed:
+                if request.is_finished and request not in self._failures:
+                    self._leave(request)
         for request in sorted(changed, key=lambda request: request.arrival):
-            if request.streams or request.is_finished:
-                request.sink(request.output())
+            if request not in self._failures and (request.streams or request.is_finished):
+                with self._failures.of(request):
+                    request.sink(request.output())
+        with self._lock:
+            self._let_failed_go()
 
-    def _decode(self, decoding: Sequence[Completion]) -> torch.Tensor | None:
+    def _plan(self) -> list[tuple[Job, int]]:
+        """Which jobs read how many tokens; new ones have begun."""
+        reading = self.scheduler.reading
+        self._suspects = [job for job in self._suspects if job in reading]
+        if self._suspects:
+            return self.scheduler.plan_alone(self._suspects[0])
+        plan = self.scheduler.plan(self._begin, lambda job: self._starts.may_start(job, reading))
+        return [(job, count) for job, count in plan if job not in self._failures]
+
+    def _begin(self, job: Job) -> None:
+        assert isinstance(job, Request | Reading)
+        with self._failures.of(job):
+            self._starts.begin(job)
+
+    def _read(
+        self, plan: list[tuple[Job, int]], chunks: list[Chunk]
+    ) -> tuple[list[tuple[Job, int]], list[Chunk], torch.Tensor | None]:
+        """Reads chunks; those of a step that fails are read again, each by itself, to tell whose failure it is."""
+        try:
+            return plan, chunks, self.runner.read(chunks) if chunks else None
+        except Exception as error:
+            self._check_health(error)
+            with self._lock:
+                jobs = [job for job, _ in plan if isinstance(job, Request | Reading)]
+                if len(jobs) == 1:
+                    self._failures.add(jobs[0], error)
+                else:
+                    logger.warning("a step failed that read %d prompts; each is read alone", len(jobs), exc_info=error)
+                    self._suspects = jobs
+                    for job in jobs:
+                        job.state, job.num_read = None, 0
+                        self._begin(job)
+            return [], [], None
+
+    def _decode(
+        self, decoding: list[tuple[Request, Completion]]
+    ) -> tuple[list[tuple[Request, Completion]], torch.Tensor | None]:
+        """Decodes together; where that fails, one by one, to tell whose failure it is. Those that have logits."""
         if not decoding:
-            return None
+            return [], None
+        try:
+            logits = self._logits(decoding)
+            self._num_failed_steps = 0
+            return decoding, logits
+        except Exception as error:
+            self._check_health(error)
+            states = [completion.state for _, completion in decoding]
+            whole = [state is not None and state.rewind() for state in states]
+            if len(decoding) > 1:
+                logger.warning(
+                    "a step failed that decoded %d answers; each goes on alone", len(decoding), exc_info=error
+                )
+            done, rows = [], []
+            for (request, completion), is_whole in zip(decoding, whole, strict=True):
+                if not is_whole or len(decoding) == 1:
+                    self._failures.add(request, error)
+                    continue
+                with self._failures.of(request):
+                    rows.append(self._logits([(request, completion)]))
+                    done.append((request, completion))
+            self._num_failed_steps = 0 if done else self._num_failed_steps + 1
+            # Where sequences decode as a batch, the probe does not tell whether they can.
+            if self.runner.batched is not None and self._num_failed_steps == MOST_FAILED_STEPS:
+                raise
+            return done, torch.cat(rows) if rows else None
+
+    def _logits(self, decoding: Sequence[tuple[Request, Completion]]) -> torch.Tensor:
         states = []
-        for completion in decoding:
+        for _, completion in decoding:
             assert completion.state is not None
             states.append(completion.state)
-        return self.runner.decode(states, [completion.token_ids[-1] for completion in decoding])
+        return self.runner.decode(states, [completion.token_ids[-1] for _, completion in decoding])
+
+    def _check_health(self, error: Exception) -> None:
+        """After a step that failed: frees what can be spared. Raises the error where the model runs no more."""
+        with self._lock:
+            while self.holdings.evict():
+                pass
+        if self.runner.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            self.runner.probe()
+        except Exception:
+            raise error from None
+
+    def _let_failed_go(self) -> None:
+        for job, error in self._failures.take():
+            self._leave(job)
+            self._counters.num_failed += 1
+            tell_failed(job, error)
 
     def _finish_document(self, job: Reading) -> None:
         """Takes up a document that has been read; what it needs stays reserved."""
@@ -254,8 +366,8 @@ class Engine:
         assert job.state is not None
         job.state.forget_blocks()
         self.scheduler.finish_reading(job)
-        self.scheduler.decoding.remove(job)
         job.document = job.build(job.state, job.reserved)
+        self.scheduler.decoding.remove(job)
         self.holdings.hold(job.document)
         self._refuse_impossible()
         job.sink(job.document)
@@ -266,15 +378,17 @@ class Engine:
                 continue
             self._leave(job)
             if isinstance(job, Request):
-                job.cancel()
-                job.finished = time.monotonic()
-                job.sink(job.output())
+                with self._failures.of(job):
+                    job.cancel()
+                    job.finished = time.monotonic()
+                    job.sink(job.output())
 
     def _leave(self, job: Request | Reading) -> None:
+        """Takes a job out, with all it holds. Harmless when it has left."""
         self.scheduler.leave(job)
         job.state = None
-        if isinstance(job, Request):
-            self._requests.pop(job.id, None)
+        if isinstance(job, Request) and self._requests.get(job.id) is job:
+            del self._requests[job.id]
             if job.document is not None:
                 job.document.num_users -= 1
                 self.holdings.give_back(job.document)

@@ -9,8 +9,16 @@ class QueueFull(RuntimeError):
     """As many requests wait as may wait; try again later."""
 
 
+class RequestFailed(RuntimeError):
+    """The engine failed on this request alone, and goes on; its log has the traceback."""
+
+
 class EngineClosed(RuntimeError):
-    """The engine was closed, or its loop failed, before the request was finished."""
+    """The engine was closed before the request was finished."""
+
+
+class EngineDead(EngineClosed):
+    """The engine failed and cannot go on: every open request fails, and its log has the traceback."""
 
 
 class DocumentError(ValueError):

@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
+from typing import SupportsIndex, TypeGuard
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -138,7 +139,7 @@ def as_prompts(prompts: Prompt | Sequence_[Prompt]) -> list[Prompt]:
         hint = "; use .tolist()" if hasattr(prompts, "tolist") else ""
         raise ValueError(f"prompts must be texts or lists of token ids, got {_kind(prompts)}{hint}")
     if prompts and all(_is_integer(item) for item in prompts):
-        return [list(prompts)]  # type: ignore[arg-type]
+        return [list(prompts)]
     if any(isinstance(item, dict) for item in prompts):
         raise ValueError("messages are no prompts; give what `chat_prompt` makes of them")
     return list(prompts)
@@ -157,7 +158,7 @@ def as_params(params: SamplingParams | Sequence_[SamplingParams] | None, count: 
     return list(params)
 
 
-def _is_integer(value: object) -> bool:
+def _is_integer(value: object) -> TypeGuard[SupportsIndex]:
     # Arrays and tensors of one element have an index, too.
     return hasattr(value, "__index__") and not getattr(value, "shape", ())
 

@@ -151,7 +151,8 @@ class LLM:
 
         Raises:
             RequestTooLong: a prompt and its answer exceed max_model_len or the memory; nothing was run then.
-            EngineClosed: the engine was closed before all were finished.
+            RequestFailed: the engine failed on one of them, and goes on.
+            EngineClosed: the engine was closed before all were finished; EngineDead: it failed and cannot go on.
         """
         wanted = as_prompts(prompts)
         params = as_params(sampling_params, len(wanted))
@@ -233,6 +234,11 @@ class LLM:
     def is_closed(self) -> bool:
         """Whether every further request raises EngineClosed."""
         return self._engine.is_closed
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the engine failed and cannot go on: every further request raises EngineDead."""
+        return self._engine.has_failed
 
     def close(self) -> None:
         """Ends every open request with EngineClosed and gives the model its own attention back. Repeatable."""

@@ -74,7 +74,7 @@ class ModelDefaults:
     @classmethod
     def of(cls, model: PreTrainedModel, end_tokens: Sequence[int]) -> "ModelDefaults":
         """Of this model. Raises ValueError for values out of range."""
-        source = model.generation_config or GenerationConfig()
+        source = model.generation_config or GenerationConfig()  # type: ignore[no-untyped-call]
         texts = source.stop_strings or ()
         defaults = cls(
             temperature=_or(source.temperature, 1.0) if source.do_sample else 0.0,

@@ -7,6 +7,7 @@ import torch
 
 from longshadow.engine.runtime.batch import Chunk
 from longshadow.engine.runtime.counters import Counters
+from longshadow.engine.runtime.failures import Failures
 from longshadow.engine.runtime.holdings import Holdings
 from longshadow.engine.runtime.prefixes import head_of
 from longshadow.engine.runtime.requests import Completion, Reading, Request
@@ -24,9 +25,11 @@ class Outcomes:
         holdings: Holdings,
         starts: Starts,
         counters: Counters,
+        failures: Failures,
         finish_document: Callable[[Reading], None],
     ) -> None:
         """`finish_document` takes up a document whose last token has been read."""
+        self._failures = failures
         self._scheduler, self._holdings, self._starts, self._counters = scheduler, holdings, starts, counters
         self._finish_document = finish_document
 
@@ -38,7 +41,8 @@ class Outcomes:
             return set()
         tokens = choose_tokens(logits_BV, [completion.sampler for _, completion in decoding])
         for (request, completion), token, logits_V in zip(decoding, tokens, logits_BV, strict=True):
-            self._accept(request, completion, token, logits_V)
+            with self._failures.of(request):
+                self._accept(request, completion, token, logits_V)
         return {request for request, _ in decoding}
 
     def take_read(
@@ -49,21 +53,22 @@ class Outcomes:
         changed = set()
         for (job, count), chunk in zip(plan, chunks, strict=True):
             job.num_read += count
-            if isinstance(job, Reading):
-                job.sink((job.num_read, job.num_prompt))
-            if not chunk.is_last:
-                continue
-            logits_V = next(rows)
-            if isinstance(job, Reading):
-                self._finish_document(job)
-                continue
-            assert isinstance(job, Request)
-            self._keep_head(job, chunk)
-            self._start_decoding(job, logits_V)
-            changed.add(job)
+            logits_V = next(rows) if chunk.is_last else None
+            assert isinstance(job, Request | Reading)
+            with self._failures.of(job):
+                if isinstance(job, Reading):
+                    job.sink((job.num_read, job.num_prompt))
+                    if chunk.is_last:
+                        self._finish_document(job)
+                elif logits_V is not None:
+                    self._keep_head(job, chunk)
+                    self._start_decoding(job, logits_V)
+                    changed.add(job)
         return changed
 
-    def _accept(self, request: Request, completion: Completion, token: int, logits_V: torch.Tensor) -> None:
+    def _accept(self, request: Request, completion: Completion, token: int | Exception, logits_V: torch.Tensor) -> None:
+        if isinstance(token, Exception):
+            raise token
         now = time.monotonic()
         completion.accept(token, logits_V)
         self._counters.num_generated += 1

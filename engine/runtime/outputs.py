@@ -82,6 +82,7 @@ class EngineStatistics:
     Attributes:
         num_running: sequences that hold a slot, prefilling or decoding.
         num_waiting: requests that were not admitted yet.
+        num_failed: requests and documents on which the engine failed while it went on.
         num_prompt_tokens: tokens prefilled, those of documents included.
         num_cached_tokens: prompt tokens that were there already, from a document or the prefix cache.
         tokens_per_second: generated tokens, over the last seconds.
@@ -94,6 +95,7 @@ class EngineStatistics:
     num_running: int
     num_waiting: int
     num_documents: int
+    num_failed: int
     num_generated_tokens: int
     num_prompt_tokens: int
     num_cached_tokens: int

@@ -61,9 +61,14 @@ class Completion:
         """Nothing more is coming; its sequence is let go."""
         if not isinstance(stop, str):
             self.text.finish()
+        self.drop()
+        self.finish_reason, self.stop_reason = reason, stop
+
+    def drop(self) -> None:
+        """Lets its sequence go."""
         if self.state is not None:
             self.state.release()
-        self.finish_reason, self.stop_reason, self.state = reason, stop, None
+        self.state = None
 
     def output(self) -> CompletionOutput:
         """As far as it is."""

@@ -175,6 +175,13 @@ class ModelRunner:
             state.num_tokens += 1
         return logits
 
+    def probe(self) -> None:
+        """Reads a token and decodes another, of a sequence of their own. Raises where the model runs no more."""
+        state = self.new_state(2, blocked_energy=False)
+        self.read([Chunk(state=state, tokens=[0], is_last=True, num_prompt=1)])
+        if self._batched is None:  # whose memory is for admitted sequences only
+            self.decode([state], [0])
+
     def _forward(
         self, ids: list[list[int]], positions: list[list[int]], logits_to_keep: int | torch.Tensor
     ) -> torch.Tensor:

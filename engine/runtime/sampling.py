@@ -123,11 +123,28 @@ def _warpers(params: SamplingParams, device: torch.device, defaults: ModelDefaul
     return warpers
 
 
-def choose_tokens(logits_BV: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """The next token of each sampler, from its row of logits.
+def choose_tokens(logits_BV: torch.Tensor, samplers: Sequence[Sampler]) -> list[int | Exception]:
+    """The next token of each sampler, from its row of logits, or why it has none: that is no matter of the others.
 
     A sampled token is the one at which the cumulated probability first exceeds the completion's next random number.
     """
+    uniforms = [0.0 if sampler.params.is_greedy else sampler.random.random() for sampler in samplers]
+    chosen: list[int | Exception] = []
+    try:
+        chosen += _choose(logits_BV, samplers, uniforms)
+    except Exception:
+        for row, sampler, uniform in zip(logits_BV.split(1), samplers, uniforms, strict=True):
+            try:
+                chosen += _choose(row, [sampler], [uniform])
+            except Exception as error:
+                chosen.append(error)
+    for sampler, token in zip(samplers, chosen, strict=True):
+        if isinstance(token, int):
+            sampler.tokens.append(token)
+    return chosen
+
+
+def _choose(logits_BV: torch.Tensor, samplers: Sequence[Sampler], uniforms: Sequence[float]) -> list[int]:
     scores_BV = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
     processed = [
         sampler.penalties(_ids(sampler, scores), scores)[0] if sampler.penalties else scores[0]
@@ -143,11 +160,9 @@ def choose_tokens(logits_BV: torch.Tensor, samplers: Sequence[Sampler]) -> list[
             tokens = scores.argmax(1)
         else:
             warped = samplers[rows[0]].warpers(None, scores)  # type: ignore[arg-type]
-            tokens = _draw(warped, [samplers[row].random.random() for row in rows])
+            tokens = _draw(warped, [uniforms[row] for row in rows])
         for row, token in zip(rows, tokens.tolist(), strict=True):
             chosen[row] = token
-    for sampler, token in zip(samplers, chosen, strict=True):
-        sampler.tokens.append(token)
     return chosen
 
 

@@ -88,6 +88,11 @@ class Scheduler:
                 left -= count
         return chunks
 
+    def plan_alone(self, job: Job) -> list[tuple[Job, int]]:
+        """The same for a job that is being read, and no other."""
+        assert job in self.reading
+        return [(job, _chunk(job, self._max_prefill_tokens))]
+
     def _can_admit(self, job: Job) -> bool:
         if job.num_slots > self.num_free_slots:
             return False
@@ -139,11 +144,14 @@ class Scheduler:
         self.batch.shrink(self._least_room())
 
     def leave(self, job: Job) -> None:
-        """The job is over, wherever it stood: gives back all it holds."""
+        """The job is over, wherever it stood: gives back all it holds. Harmless when it has left."""
         if job in self.waiting:
             self.waiting.remove(job)
             return
-        (self.reading if job in self.reading else self.decoding).remove(job)
+        running = self.reading if job in self.reading else self.decoding
+        if job not in running:
+            return
+        running.remove(job)
         self.num_free_slots += job.num_slots
         self.budget.release(job.reserved)
         job.num_slots, job.reserved = 0, Bytes()

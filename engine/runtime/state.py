@@ -42,6 +42,20 @@ class SequenceState:
         if self.seats is not None:
             self.seats.leave(self)
 
+    def rewind(self) -> bool:
+        """Forgets the token that a failed step has left in some layers; False where that cannot be undone.
+
+        What appending it has compressed or overwritten had to go anyway: the same token comes again.
+        """
+        for layer in self.layers:
+            held = layer.tail if isinstance(layer, Sequence) else layer
+            num_left = layer.num_tokens - self.num_tokens
+            if num_left not in (0, 1) or held.num_tokens < num_left:
+                return False
+            held.num_tokens -= num_left
+        self.release()
+        return True
+
     def fork(self, max_tokens: int) -> "SequenceState":
         """A sequence of at most `max_tokens` that goes on independently; segments are shared, not copied."""
         return SequenceState(

@@ -57,7 +57,7 @@ class Sampling:
         ends = end_tokens(loaded.model, loaded.tokenizer)
         params = ModelDefaults.of(loaded.model, ends).fill(self.params(), self.max_new_tokens)
         # A stream has one sequence.
-        chosen = {
+        chosen: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "num_beams": 1,
             "repetition_penalty": params.repetition_penalty,
