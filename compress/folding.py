@@ -7,8 +7,13 @@ difference says nothing. The original's weights are brought to the same scales h
 Legend: m outputs of a layer, n inputs.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
+
+from longshadow.compress.calls import Call
 
 # Norms are stored in half precision; scales chosen to protect weights are far from 1 somewhere.
 NORM_TOLERANCE = 0.02
@@ -18,20 +23,31 @@ FED_BY_ROWS = (("up_proj", "down_proj"), ("v_proj", "o_proj"))
 FARTHEST = 1.0
 
 
-def norm_scale(original: nn.Module, quantized: nn.Module, width: int) -> torch.Tensor | None:
-    """What the columns behind a norm were multiplied by, [n] in fp32; None where nothing was folded.
+@torch.no_grad()
+def norm_scale(original: nn.Module, quantized: nn.Module, call: Call, width: int) -> torch.Tensor | None:
+    """What the columns of a layer behind a norm were multiplied by, [n] in fp32; None where nothing was folded.
 
-    Both norms are run on a vector of mean 0 and mean square 1, so it does not matter how they hold their weights.
+    Both norms are run on what one of them was called with, so it does not matter how they hold their weights, whether
+    they are gated, or normalise head by head. Each column's scale is told by the token with its largest value.
     """
-    parameter = next(original.parameters())
-    vector = torch.ones(1, width, dtype=torch.float32)
-    vector[:, 1::2] = -1
-    given, changed = (
-        module(vector.to(parameter.device, dtype=next(module.parameters()).dtype)).float().squeeze(0)
-        for module in (original, quantized)
-    )
+    given, changed = (_outputs(module, call).view(-1, width) for module in (original, quantized))
+    largest = changed.abs().argmax(0, keepdim=True)
+    given, changed = (outputs.gather(0, largest).squeeze(0) for outputs in (given, changed))
     scale = torch.where(changed != 0, given / changed, 1.0)
     return None if bool(((scale - 1).abs() <= NORM_TOLERANCE).all()) else scale
+
+
+def _outputs(norm: nn.Module, call: Call) -> torch.Tensor:
+    """In fp32."""
+    like = next(norm.parameters())
+
+    def moved(value: Any) -> Any:
+        is_floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(like.device, like.dtype) if is_floating else value
+
+    positional, named = tree_map(moved, (call.positional, call.named))
+    outputs: torch.Tensor = norm(*positional, **named).float()
+    return outputs
 
 
 def unfolded(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from longshadow.compress.blocks import first_inputs
+from longshadow.compress.blocks import first_inputs, run_block
 from longshadow.compress.experts import LeftOut, left_out
 from longshadow.compress.formats import format_of
 from longshadow.compress.matching import block_weights, stages_of
@@ -96,6 +96,7 @@ def inspect_quantized(
                 residual=float(residual.norm() / weight.norm().clamp(min=1e-30)),
                 captured=captured(residual),
             )
+        hidden = run_block(stage.quantized, hidden)
         if on_block is not None:
             on_block(done, len(stages))
     return Inspection(layers=found, left_out=left_out(first, second), plans=dict(zip(options, plans, strict=True)))

@@ -121,9 +121,10 @@ def block_weights(
     groups = input_groups(original if of_original else quantized, hidden)
     for group in groups:
         if group.norm is not None:
-            norms = original.get_submodule(group.norm), quantized.get_submodule(group.norm)
+            name_of_norm = group.norm.name
+            norms = original.get_submodule(name_of_norm), quantized.get_submodule(name_of_norm)
             with align_module_device(norms[0]):
-                scale = norm_scale(*norms, weights[group.layers[0]].shape[1])
+                scale = norm_scale(*norms, group.norm.call, weights[group.layers[0]].shape[1])
             if scale is not None:
                 scales |= dict.fromkeys(group.layers, scale)
     weights, columns = unfolded(weights, approximations, scales)

@@ -1,5 +1,6 @@
 """One block: what quantisation took from its layers, and what their inputs say of it."""
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,9 @@ from longshadow.compress.statistics import (
     RefitMoments,
     input_moments_are_cheaper,
 )
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -107,6 +111,13 @@ class Calibrator:
                     moments=shared if cheaper else ErrorMoments(residuals[member]),
                     input_scale=weights.columns.get(member) if self.of_original else None,
                 )
+        if uncalled := sorted(residuals.keys() - layers.keys()):
+            logger.warning(
+                "%s.%s is left as it is%s: the model does not call it as a layer that multiplies by its weight",
+                name,
+                uncalled[0],
+                f", and {len(uncalled) - 1} more in that block" if len(uncalled) > 1 else "",
+            )
         energies = dict.fromkeys(layers, 0.0)
 
         def count(layer_name: str, module: nn.Module, inputs: torch.Tensor) -> None:

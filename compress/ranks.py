@@ -1,7 +1,6 @@
 """The rank of each layer from a size: the same everywhere, or wherever a rank takes away most."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
@@ -60,7 +59,7 @@ def _gains(
     done: Callable[[], None],
 ) -> dict[str, LayerGains]:
     gains = {}
-    hidden = replace(hidden, samples=hidden.samples[:GAIN_SAMPLES])
+    hidden = hidden.first(GAIN_SAMPLES)
     for stage in stages:
         saved = None if shards is None else shards.load(f"gains_{stage.number:05d}")
         if saved is None:

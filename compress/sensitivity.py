@@ -7,11 +7,24 @@ activations are kept, and an original that stays on disk is read one block at a 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from longshadow.compress.blocks import HiddenStates, decoder_blocks, first_inputs, linear_layers, run_block
+from longshadow.compress.blocks import (
+    HiddenStates,
+    decoder_blocks,
+    first_inputs,
+    linear_layers,
+    logits_after,
+    run_block,
+)
+from longshadow.compress.calls import Before, Call, Forward, at_block
+
+Gradient = torch.Tensor | None
 
 
 def output_sensitivity(model: nn.Module, samples: torch.Tensor, *, head: bool = False) -> dict[str, torch.Tensor]:
@@ -46,16 +59,22 @@ def _squared_gradients(model: nn.Module, samples: torch.Tensor, *, head: bool) -
     blocks = list(decoder_blocks(model))
     squares = _SquaredGradients()
     with _no_gradients_for_parameters(model):
-        inputs = [first_inputs(model, samples)]
+        hidden = first_inputs(model, samples)
+        inputs = []
         for block in blocks:
-            inputs.append(run_block(block, inputs[-1]))
+            inputs.append(hidden.without_calls())
+            hidden = run_block(block, hidden)
         watched = {names[layer]: layer for layer in [model.get_output_embeddings()] if head}  # type: ignore[operator]
         with squares.counted(watched):
-            gradients = _gradients_of_last_hidden(model, blocks, inputs.pop(), samples)
+            gradients = [
+                _of_last_output(model, known, sample) for known, sample in zip(hidden.before, samples, strict=True)
+            ]
         for block in reversed(blocks):
-            hidden = inputs.pop()
+            before = inputs.pop()
             with squares.counted({names[layer]: layer for layer in linear_layers(block).values()}):
-                gradients = _carried_back(block, hidden, gradients)
+                gradients = [
+                    _carried_back(before, index, gradient) for index, gradient in enumerate(gradients)
+                ]
     return squares.sums
 
 
@@ -80,55 +99,63 @@ class _SquaredGradients:
             squares = gradient.detach().flatten(0, -2).double().square().sum(0)
             self.sums[name] = self.sums[name] + squares if name in self.sums else squares
 
-        def watch(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            output.register_hook(count)
+        def watch(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                # What does not follow from the block's inputs matters to the loss, too.
+                (output if output.requires_grad else output.requires_grad_()).register_hook(count)
 
         return watch
 
 
-def _gradients_of_last_hidden(
-    model: nn.Module, blocks: list[nn.Module], last: HiddenStates, samples: torch.Tensor
-) -> list[torch.Tensor]:
-    """Of each sample's loss, a sum over tokens, so that it does not shrink with their number.
+def _of_last_output(model: nn.Module, before: Before, sample: torch.Tensor) -> list[Gradient]:
+    """Of a sample's loss, a sum over tokens, so that it does not shrink with their number; by what the last block made.
 
-    The model's own forward makes it, with blocks that pass on what they would have computed: whatever a family does
-    to logits is done.
+    The model's own forward makes it, so whatever a family does to logits is done.
     """
-    found: list[torch.Tensor] = []
-    for sample, hidden in zip(samples, last.samples, strict=True):
-        leaf = hidden.detach().requires_grad_()
-        with _answering(blocks, (leaf,) if last.from_tuple else leaf), torch.enable_grad():
-            logits = model(input_ids=sample.unsqueeze(0), use_cache=False).logits[0, :-1].float()
-            loss = F.cross_entropy(logits, sample[1:], reduction="sum")
-        found += torch.autograd.grad(loss, leaf)
-    return found
+    apart, leaves = _apart(before)
+    with torch.enable_grad():
+        logits = logits_after(model, apart.output, sample.unsqueeze(0))[0, :-1].float()
+        loss = F.cross_entropy(logits, sample[1:], reduction="sum")
+    torch.autograd.backward(loss)
+    return [leaf.grad for leaf in leaves]
 
 
-def _carried_back(block: nn.Module, hidden: HiddenStates, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Each sample's gradient by the block's inputs, from that by its outputs."""
-    carried: list[torch.Tensor] = []
-    for sample, gradient in zip(hidden.samples, gradients, strict=True):
-        leaf = sample.detach().requires_grad_()
-        with torch.enable_grad():
-            output = block(leaf, **hidden.arguments)
-        carried += torch.autograd.grad(output[0] if isinstance(output, tuple) else output, leaf, gradient)
-    return carried
+def _carried_back(inputs: HiddenStates, index: int, gradients: list[Gradient]) -> list[Gradient]:
+    """A sample's gradients by what blocks before have made, from those by what this one does.
+
+    The model's own forward runs as far as the block, since it may do something between two of them.
+    """
+    apart, leaves = _apart(inputs.before[index])
+
+    def act(forward: Forward, call: Call) -> Before:
+        if not leaves:  # the first block
+            call = call.with_hidden(call.hidden.detach().requires_grad_())
+            leaves.append(call.hidden)
+        return call.of(forward, apart)
+
+    tokens = inputs.tokens[index].unsqueeze(0)
+    with torch.enable_grad():
+        made = at_block(inputs.model, list(decoder_blocks(inputs.model)), inputs.number, tokens, apart, act)
+    pairs = [pair for pair in zip(_floating(made), gradients, strict=True) if pair[1] is not None]
+    outputs, weights = zip(*pairs, strict=True)
+    torch.autograd.backward(outputs, weights)
+    return [leaf.grad for leaf in leaves]
 
 
-@contextmanager
-def _answering(blocks: list[nn.Module], output: torch.Tensor | tuple[torch.Tensor]) -> Iterator[None]:
-    """Within, every block answers with the output, at once."""
-    kept = [vars(block).get("forward") for block in blocks]
-    for block in blocks:
-        block.forward = lambda *given, **named: output
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, kept, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
+def _apart(before: Before) -> tuple[Before, list[torch.Tensor]]:
+    """The same, apart from what made it, and its tensors that have gradients."""
+    parts, shape = tree_flatten((before.output, before.left))
+    parts = [part.detach().requires_grad_() if _has_gradient(part) else part for part in parts]
+    output, left = tree_unflatten(parts, shape)
+    return Before(output=output, left=left), list(filter(_has_gradient, parts))
+
+
+def _floating(before: Before) -> list[torch.Tensor]:
+    return list(filter(_has_gradient, tree_leaves((before.output, before.left))))
+
+
+def _has_gradient(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 @contextmanager

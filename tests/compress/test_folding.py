@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from longshadow import compensate
+from longshadow.compress.calls import Call
 from longshadow.compress.folding import norm_scale, unfolded
 from tests.compress.test_pipeline import divergence, round_to_nearest, with_factors
+from tests.model_zoo import tiny_model as zoo_model
 from tests.tiny_models import tiny_model
 
 
@@ -54,11 +56,39 @@ def test_nothing_is_found_where_nothing_was_folded() -> None:
     original = tiny_model()
     quantized = round_to_nearest(original, bits=3)
     block, other = original.model.layers[0], quantized.model.layers[0]
-    assert norm_scale(block.input_layernorm, other.input_layernorm, original.config.hidden_size) is None
+    width = original.config.hidden_size
+    call = Call(positional=(torch.randn(1, 5, width),), named={})
+    assert norm_scale(block.input_layernorm, other.input_layernorm, call, width) is None
     weights = {name: layer.weight.detach() for name, layer in block.mlp.named_children() if name.endswith("proj")}
     rounded = {name: other.mlp.get_submodule(name).weight.detach() for name in weights}
     same, columns = unfolded(weights, rounded, {})
     assert not columns and all(torch.equal(same[name], weight) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next"])
+def test_norms_that_are_gated_or_hold_their_weights_otherwise(name: str) -> None:
+    """Scales folded into norms of weight 1 + w, and into a gated one that normalises head by head."""
+    original: Any = zoo_model(name)
+    folded = copy.deepcopy(original)
+    block = folded.model.layers[0]
+    linear = block.linear_attn
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        scale = torch.rand(original.config.hidden_size, generator=generator) + 0.5
+        block.input_layernorm.weight.copy_((1 + block.input_layernorm.weight) / scale - 1)
+        for layer in (layer for layer_name, layer in linear.named_children() if layer_name.startswith("in_proj")):
+            layer.weight *= scale
+        of_head = torch.rand(len(linear.norm.weight), generator=generator) + 0.5
+        linear.norm.weight /= of_head
+        linear.out_proj.weight *= of_head.repeat(linear.out_proj.in_features // len(of_head))
+    tokens = torch.arange(40).view(2, 20)
+    expected = original(tokens).logits
+    torch.testing.assert_close(folded(tokens).logits, expected, rtol=0, atol=1e-3)
+    quantized = round_to_nearest(folded, bits=4, group=16)
+    result = compensate(original, quantized, tokens, rank=128, dtype=torch.float32)
+    assert result.layers["model.layers.0.linear_attn.out_proj"].before < 0.05
+    actual = with_factors(quantized, result.factors)(tokens).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3)
 
 
 def test_inputs_of_the_original_are_scaled_to_the_quantised_layers(samples: torch.Tensor) -> None:
