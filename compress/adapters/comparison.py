@@ -15,6 +15,15 @@ NUM_TOKENS = 24
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenLogprobs:
+    """Log-probabilities of `ids[1:]`, each after those before it, without and with the adapter."""
+
+    ids: list[int]
+    plain: list[float]
+    adapted: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Differences of logits, each the largest, relative to the largest logit.
 
@@ -23,12 +32,14 @@ class Comparison:
         effect: between the base's with and without B A x.
         tolerance: that `difference` must not exceed: of the dtype, or twice what its rounding makes of equal terms.
         dtype: of the base.
+        tokens: PEFT's.
     """
 
     difference: float
     effect: float
     tolerance: float
     dtype: str
+    tokens: TokenLogprobs
 
     @property
     def agrees(self) -> bool:
@@ -87,7 +98,13 @@ def compare_with_peft(model: Any, adapter: Adapter) -> Comparison:
         effect=float((expected - plain).abs().max()) / largest,
         tolerance=max(1e-4 if model.dtype in (torch.float32, torch.float64) else 1e-2, 2 * rounding / largest),
         dtype=str(model.dtype).removeprefix("torch."),
+        tokens=TokenLogprobs(ids=ids[0].tolist(), plain=_of_tokens(plain, ids), adapted=_of_tokens(found, ids)),
     )
+
+
+def _of_tokens(logits: torch.Tensor, ids: torch.Tensor) -> list[float]:
+    logprobs: list[float] = logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist()
+    return logprobs
 
 
 def _factors(

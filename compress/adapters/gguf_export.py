@@ -40,6 +40,10 @@ ARCHITECTURES = {
 }
 
 
+class UnknownArchitecture(ValueError):
+    """llama.cpp may have the architecture, but how it lays it out is not known here."""
+
+
 def export_gguf(adapter: Adapter, base: Base, output: Path, dtype: torch.dtype | None = None) -> Exported:
     """Writes `NAME.weight.lora_a` [r, n] and `NAME.weight.lora_b` [m, r] for llama.cpp's name of each layer.
 
@@ -54,17 +58,14 @@ def export_gguf(adapter: Adapter, base: Base, output: Path, dtype: torch.dtype |
     llama.cpp has no tensor for, factors that float16 does not hold, and where the output exists.
     """
     adapter.require_plain()
-    architecture = architecture_of(base)
+    names, architecture = tensor_names(adapter, base), architecture_of(base)
     dtype = dtype or (torch.float16 if adapter.dtype.itemsize == 2 else torch.float32)
     if dtype not in FILE_TYPES:
         raise ValueError(f"llama.cpp takes adapters in float16 or float32, not {str(dtype).removeprefix('torch.')}")
-    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture.name)
-    names = get_tensor_name_map(arch, base.config.num_hidden_layers)
     tensors, rounding = {}, 0.0
-    for name in adapter.layers:
+    for name, tensor in names.items():
         exact, factors = adapter.folded(name, torch.float64), adapter.folded(name, dtype)
         rounding = max(rounding, _rounding(factors.lora_b, exact.lora_b), _rounding(factors.lora_a, exact.lora_a))
-        tensor = _tensor_name(names, name, base)
         tensors[f"{tensor}.lora_a"] = factors.lora_a
         tensors[f"{tensor}.lora_b"] = arranged_b(factors, name, base)
     with whole_file(output) as partial:
@@ -90,11 +91,25 @@ def export_gguf(adapter: Adapter, base: Base, output: Path, dtype: torch.dtype |
     )
 
 
+def tensor_names(adapter: Adapter, base: Base) -> dict[str, str]:
+    """llama.cpp's names of the adapter's layers.
+
+    Raises UnknownArchitecture for one that is not in the table, ValueError for a layer that it has no tensor for, or
+    that has another number of outputs than the base's heads.
+    """
+    architecture = architecture_of(base)
+    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture.name)
+    names = get_tensor_name_map(arch, base.config.num_hidden_layers)
+    for name, layer in adapter.layers.items():
+        _check_heads(name, layer.num_outputs, base)
+    return {name: _tensor_name(names, name, base) for name in adapter.layers}
+
+
 def architecture_of(base: Base) -> Architecture:
-    """Raises ValueError for one that is not in the table."""
+    """Raises UnknownArchitecture for one that is not in the table."""
     model_type = str(base.config.model_type)
     if model_type not in ARCHITECTURES:
-        raise ValueError(
+        raise UnknownArchitecture(
             f"how llama.cpp lays out {model_type} models is not known here (known: {', '.join(ARCHITECTURES)}): "
             "use llama.cpp's convert_lora_to_gguf.py"
         )
@@ -107,16 +122,26 @@ def arranged_b(factors: Factors, name: str, base: Base) -> torch.Tensor:
     transformers rotates row i of a head's first half with row i of its second; llama.cpp's llama rotates rows 2i and
     2i + 1, and its converter moves the rows of queries and keys there.
     """
-    kind = name.rpartition(".")[2]
-    if not architecture_of(base).interleaved or kind not in ("q_proj", "k_proj"):
+    num_heads = _interleaved_heads(name, base)
+    if num_heads is None:
         return factors.lora_b
-    num_heads = base.config.num_attention_heads
-    if kind == "k_proj":
-        num_heads = getattr(base.config, "num_key_value_heads", None) or num_heads
-    if len(factors.lora_b) % (2 * num_heads):
-        raise ValueError(f"{name} has {len(factors.lora_b)} outputs, which are no {num_heads} heads of {base.name}")
     halves = factors.lora_b.view(num_heads, 2, -1, factors.rank)
     return halves.transpose(1, 2).reshape(factors.lora_b.shape)
+
+
+def _interleaved_heads(name: str, base: Base) -> int | None:
+    """Heads whose rows llama.cpp has in another order; None for a layer that stays."""
+    kind = name.rpartition(".")[2]
+    if not architecture_of(base).interleaved or kind not in ("q_proj", "k_proj"):
+        return None
+    num_heads: int = base.config.num_attention_heads
+    return (getattr(base.config, "num_key_value_heads", None) or num_heads) if kind == "k_proj" else num_heads
+
+
+def _check_heads(name: str, num_outputs: int, base: Base) -> None:
+    num_heads = _interleaved_heads(name, base)
+    if num_heads is not None and num_outputs % (2 * num_heads):
+        raise ValueError(f"{name} has {num_outputs} outputs, which are no {num_heads} heads of {base.name}")
 
 
 def _tensor_name(names: TensorNameMap, name: str, base: Base) -> str:

@@ -58,12 +58,18 @@ def misfits(model: nn.Module, adapter: Adapter) -> list[str]:
         if module is None:
             problems.append(f"it has no layer {name}")
             continue
-        shape = [getattr(module, "out_features", None), getattr(module, "in_features", None)]
+        shape = shape_of(module)
         if None in shape:
             problems.append(f"its {name} is no linear layer but a {type(module).__name__}")
         elif shape != [layer.num_outputs, layer.num_inputs]:
             problems.append(f"its {name} is {shape}, the adapter's {[layer.num_outputs, layer.num_inputs]}")
     return problems
+
+
+def shape_of(module: nn.Module) -> list[int | None]:
+    """Outputs and inputs of a linear layer, or of transformers' Conv1D, which keeps its weight transposed."""
+    names = ("nf", "nx") if type(module).__name__ == "Conv1D" else ("out_features", "in_features")
+    return [getattr(module, name, None) for name in names]
 
 
 def device_of(layer: nn.Module) -> torch.device:

@@ -24,6 +24,7 @@ MEANINGS = {
     "bias": "it replaces biases",
     "init_lora_weights": "it changes the base's weights when it is loaded (init_lora_weights)",
     "embeddings": "it adapts an embedding",
+    "base_layer": "it brings a whole weight of its base along (base_layer)",
 }
 
 
@@ -57,6 +58,8 @@ def _field_of(key: str) -> str:
         return "use_dora"
     if "lora_embedding_" in key:
         return "embeddings"
+    if key.endswith(".base_layer.weight"):  # PEFT's copy of a head or an embedding that it adapts
+        return "base_layer"
     if key.endswith(".bias"):
         return "lora_bias" if ".lora_" in key else "bias"
     return "modules_to_save"

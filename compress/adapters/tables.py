@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-SERVES = {True: "yes", False: "no", None: "maybe"}
+SERVES = {True: "yes", False: "no", None: "not known"}
 
 
 def print_description(description: Description) -> None:
@@ -42,6 +42,8 @@ def print_verification(verification: Verification) -> None:
     console.print(table)
     for verdict in verification.runtimes:
         console.print(f"{verdict.runtime}: {SERVES[verdict.serves]}: {verdict.line}", soft_wrap=True)
+        if verdict.ran is not None:
+            console.print(f"  run here: {verdict.ran}", soft_wrap=True)
 
 
 def print_evaluation(report: dict[str, Any]) -> None:

@@ -5,14 +5,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from torch import nn
+
 from longshadow.compress.adapters.description import describe
 from longshadow.compress.adapters.installing import misfits
 from longshadow.compress.adapters.reading import Adapter
 from longshadow.compress.adapters.runtimes import Verdict, verdicts
+from longshadow.compress.adapters.runtimes.running import run_runtimes
 from longshadow.compress.report import REPORT
+from longshadow.models import empty_model
 
 if TYPE_CHECKING:
     from longshadow.compress.adapters.bases import Base
+    from longshadow.compress.adapters.comparison import Comparison
     from longshadow.models import LoadedModel
 
 Result = Literal["ok", "note", "failed"]
@@ -45,28 +50,48 @@ class Verification:
         return {"passed": self.passed} | asdict(self)
 
 
-def verify_adapter(adapter: Adapter, base: "Base | None", loaded: "LoadedModel | None" = None) -> Verification:
+def verify_adapter(
+    adapter: Adapter, base: "Base | None", loaded: "LoadedModel | None" = None, *, run: bool = False
+) -> Verification:
     """Checks an adapter that could be read, so that its names, shapes and ranks fit each other.
 
     Args:
-        base: what is known of the base; None leaves out which runtimes load it.
+        base: what is known of the base; None leaves open which runtimes serve the adapter.
         loaded: the base itself, to compare PEFT's logits with, which must be installed; it is PEFT's afterwards.
+        run: load both in the other runtimes that are installed, too, unless PEFT's logits are wrong; for `base` and
+            `loaded`.
     """
     rules: list[Callable[[Adapter], Check]] = [_plain, _scales, _numbers, _dtypes, _targets]
     checks = [rule(adapter) for rule in rules]
+    comparison: Comparison | None = None
     if loaded is not None:
-        checks.append(_fits(adapter, loaded))
+        checks.append(_fits(adapter, loaded.model, loaded.name))
         if checks[-1].result == "ok" and not adapter.oddities:
-            checks.append(_computes(adapter, loaded))
-    return Verification(checks=checks, runtimes=verdicts(adapter, base))
+            check, comparison = _computes(adapter, loaded)
+            checks.append(check)
+    elif base is not None and (model := _without_weights(base)) is not None:
+        checks.append(_fits(adapter, model, base.name))
+    fault = next((check.detail for check in checks if check.result == "failed"), None)
+    runtimes = verdicts(adapter, base, fault)
+    if run and base is not None and comparison is not None and fault is None:
+        runtimes = run_runtimes(runtimes, adapter, base, comparison.tokens, comparison.dtype)
+    return Verification(checks=checks, runtimes=runtimes)
 
 
 def known_base(adapter: Adapter) -> "Base | None":
     """The base that the adapter names, where its configuration lies on this machine."""
-    from longshadow.compress.adapters.bases import read_base
+    from longshadow.compress.adapters.bases import base_of
 
     try:
-        return read_base(adapter.base_model, only_here=True) if adapter.base_model else None
+        return base_of(adapter, only_here=True)
+    except ValueError:
+        return None
+
+
+def _without_weights(base: "Base") -> nn.Module | None:
+    """The base by its configuration alone; None where transformers cannot make it so."""
+    try:
+        return empty_model(base.name, only_here=True)
     except ValueError:
         return None
 
@@ -117,21 +142,21 @@ def _is_target(name: str, targets: str | list[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _fits(adapter: Adapter, loaded: "LoadedModel") -> Check:
-    problems = misfits(loaded.model, adapter)
+def _fits(adapter: Adapter, model: nn.Module, name: str) -> Check:
+    problems = misfits(model, adapter)
     if problems:
         more = f", and {len(problems) - 1} more such" if len(problems) > 1 else ""
-        return Check(name="base", result="failed", detail=f"{loaded.name} is another model: {problems[0]}{more}")
-    return Check(name="base", result="ok", detail=f"{loaded.name} has all {len(adapter.layers)} layers in their shapes")
+        return Check(name="base", result="failed", detail=f"{name} is another model: {problems[0]}{more}")
+    return Check(name="base", result="ok", detail=f"{name} has all {len(adapter.layers)} layers in their shapes")
 
 
-def _computes(adapter: Adapter, loaded: "LoadedModel") -> Check:
+def _computes(adapter: Adapter, loaded: "LoadedModel") -> "tuple[Check, Comparison | None]":
     from longshadow.compress.adapters.comparison import compare_with_peft
 
     try:
         found = compare_with_peft(loaded.model, adapter)
     except ValueError as error:
-        return Check(name="logits", result="failed", detail=str(error))
+        return Check(name="logits", result="failed", detail=str(error)), None
     told = (
         f"PEFT's logits in {found.dtype} differ by {found.difference:.1e} of the largest logit from the base's with "
         f"B A x (at most {found.tolerance:.2g}); the adapter changes them by {found.effect:.1e}"
@@ -139,4 +164,4 @@ def _computes(adapter: Adapter, loaded: "LoadedModel") -> Check:
     result: Result = "ok" if found.agrees else "failed"
     if found.agrees and found.effect < NEGLIGIBLE * found.tolerance:
         result, told = "note", f"{told}, which is too little to compare in this dtype: try --dtype float32"
-    return Check(name="logits", result=result, detail=told)
+    return Check(name="logits", result=result, detail=told), found

@@ -83,6 +83,9 @@ def inspect(
 def verify(
     adapter: AdapterFolder,
     base: BaseModel = None,
+    run: Annotated[
+        bool, typer.Option("--run", help="Load both in the runtimes that are installed (PEFT, vLLM, llama.cpp), too.")
+    ] = False,
     dtype: Annotated[DType | None, typer.Option(help="Of the base. Default: float32 on a CPU, else as stored.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if any.")] = None,
     json_output: Json = False,
@@ -90,14 +93,14 @@ def verify(
 ) -> None:
     """Check an adapter's names, shapes, scales and numbers, and tell which runtimes serve it.
 
-    With --base, load that too and compare PEFT's logits with those that the factors stand for. Exit code 1: a check
-    failed.
+    With --base, load that too and compare PEFT's logits with those that the factors stand for. With --run, do so in
+    the other runtimes that are installed, beside PEFT. Exit code 1: a check failed.
     """
     with user_errors(debug):
         log_to_stderr()
-        if base is None:
-            _refuse({"--dtype": dtype, "--device": device}, "goes with --base: without, no model is loaded")
-        from longshadow.compress.adapters.bases import read_base
+        if base is None and not run:
+            _refuse({"--dtype": dtype, "--device": device}, "goes with --base or --run: without, no model is loaded")
+        from longshadow.compress.adapters.bases import base_of, read_base
         from longshadow.compress.adapters.comparison import require_peft
         from longshadow.compress.adapters.reading import read_adapter
         from longshadow.compress.adapters.tables import print_verification
@@ -105,12 +108,13 @@ def verify(
         from longshadow.models import load_model
 
         read = read_adapter(adapter)
-        if base is None:
+        if base is None and not run:
             verification = verify_adapter(read, known_base(read))
         else:
             require_peft()
-            loaded = load_model(base, dtype=torch_dtype(dtype), device=device)
-            verification = verify_adapter(read, read_base(base), loaded)
+            known = base_of(read) if base is None else read_base(base)
+            loaded = load_model(known.name, dtype=torch_dtype(dtype), device=device)
+            verification = verify_adapter(read, known, loaded, run=run)
         if json_output:
             print(json.dumps(verification.to_dict()))
         else:

@@ -53,12 +53,35 @@ def read_config(name: str, *, only_here: bool = False) -> PreTrainedConfig:
 
 def quantization_method(config: PreTrainedConfig) -> str:
     """How the weights of a model folder are stored: `dense`, or transformers' name such as `bitsandbytes` or `gptq`."""
-    stored: Any = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
-    if not stored:
+    fields = _quantization_fields(config)
+    if not fields:
         return DENSE
-    fields = stored if isinstance(stored, Mapping) else vars(stored)
     method = fields.get("quant_method") or "bitsandbytes"  # the oldest folders of bitsandbytes do not say
     return str(getattr(method, "value", method))
+
+
+def has_4_bit_weights(config: PreTrainedConfig) -> bool:
+    """Whether the weights are stored as integers of 4 bits and the activations are not quantised (W4A16)."""
+    fields = _quantization_fields(config)
+    if groups := fields.get("config_groups"):  # of compressed-tensors
+        schemes = [scheme if isinstance(scheme, Mapping) else vars(scheme) for scheme in groups.values()]
+        return any(_is_w4a16(scheme) for scheme in schemes)
+    return quantization_method(config) in ("awq", "gptq", "auto-round") and fields.get("bits") == 4
+
+
+def _is_w4a16(scheme: Mapping[str, Any]) -> bool:
+    weights = scheme.get("weights") or {}
+    fields = weights if isinstance(weights, Mapping) else vars(weights)
+    kind = str(getattr(fields.get("type"), "value", fields.get("type", "int")))
+    return not scheme.get("input_activations") and fields.get("num_bits") == 4 and kind == "int"
+
+
+def _quantization_fields(config: PreTrainedConfig) -> Mapping[str, Any]:
+    """Of the quantisation that a model folder's configuration tells of; empty without one."""
+    stored: Any = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    if not stored:
+        return {}
+    return stored if isinstance(stored, Mapping) else vars(stored)
 
 
 def model_files(name: str) -> list[Path]:

@@ -92,13 +92,16 @@ def load_model(
     return LoadedModel(name=name, model=model, tokenizer=tokenizer, max_positions=max_positions(model.config))
 
 
-def empty_model(name: str) -> PreTrainedModel:
+def empty_model(name: str, *, only_here: bool = False) -> PreTrainedModel:
     """The model as it would be loaded, on the meta device: shapes without weights.
+
+    Args:
+        only_here: look for a hub id in the cache only, not on the network.
 
     Raises:
         ValueError: in one line, why it cannot be made.
     """
-    config = read_config(name)
+    config = read_config(name, only_here=only_here)
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from longshadow.compress.adapters.bases import read_base
 from longshadow.compress.adapters.comparison import compare_with_peft
 from longshadow.compress.adapters.files import save_adapter
 from longshadow.compress.adapters.reading import read_adapter
@@ -119,6 +120,20 @@ def test_another_base(tmp_path: Path) -> None:
     [failed] = [check for check in verification.checks if check.result == "failed"]
     assert failed.name == "base" and "and 1 more such" in failed.detail
     assert "logits" not in results(verification)
+
+
+def test_another_base_without_loading_it(tmp_path: Path) -> None:
+    """Its configuration tells names and shapes; no runtime serves an adapter that does not fit."""
+    base = read_base(str(write_folder(tmp_path / "base")))
+    save_adapter(tmp_path / "fits", small_factors(), base_model=base.name)
+    fitting = verify_adapter(read_adapter(tmp_path / "fits"), base)
+    assert results(fitting)["base"] == "ok" and any(verdict.serves for verdict in fitting.runtimes)
+    layers = small_factors()
+    layers["model.layers.7.mlp.up_proj"] = layers.pop("model.layers.1.mlp.up_proj")
+    save_adapter(tmp_path / "other", layers, base_model=base.name)
+    other = verify_adapter(read_adapter(tmp_path / "other"), base)
+    assert results(other)["base"] == "failed" and not other.passed
+    assert all(not verdict.serves and "another model" in verdict.line for verdict in other.runtimes)
 
 
 def test_known_bases(tmp_path: Path) -> None:
