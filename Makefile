@@ -15,7 +15,7 @@ CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cpp csrc/*.h csrc/*.cuh tests/csrc/*
 
 export PYTHON TORCH_INDEX
 
-.PHONY: demo test test-trl-versions test-oldest test-formats check release-check evidence extension gpu-check set-up clean
+.PHONY: demo test test-trl-versions test-oldest test-formats test-runtimes check release-check evidence extension gpu-check set-up clean
 
 demo: set-up  ## a question about a long document, with ShadowKV and with full attention
 	$(BIN)/python -m longshadow.demo
@@ -31,6 +31,9 @@ test-oldest: set-up  ## the engine with the oldest transformers that is allowed
 
 test-formats: set-up  ## quantised formats, each with its own library; writes docs/formats.json
 	$(BIN)/python .ci/test-formats
+
+test-runtimes: set-up  ## adapters in vLLM and llama.cpp, each in an environment of its own; writes docs/runtimes.json
+	$(BIN)/python .ci/test-runtimes
 
 check: set-up  ## lint, format and types
 	$(BIN)/ruff check .
