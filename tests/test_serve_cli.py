@@ -23,6 +23,16 @@ from tests.tiny_models import write_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 120.0
+FAULTY = """
+from longshadow.cli import app
+from longshadow.engine.runtime.runner import ModelRunner
+
+def fail(*_):
+    raise RuntimeError("simulated: device-side assert")
+
+ModelRunner.decode = fail
+app()
+"""
 TEXT = "The code of the northern gate is 7412. " * 40
 
 
@@ -32,9 +42,9 @@ def model(tmp_path_factory):
 
 
 @contextmanager
-def serving(model, *options, **environment):
+def serving(model, *options, program=("-m", "longshadow.cli"), **environment):
     """The command in a process of its own; yields it and a client."""
-    command = [sys.executable, "-m", "longshadow.cli", "serve", str(model), "--port", "0", "--device-memory", "200MB"]
+    command = [sys.executable, *program, "serve", str(model), "--port", "0", "--device-memory", "200MB"]
     paths = {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [*command, *map(str, options)],
@@ -97,6 +107,17 @@ def test_documents_survive_a_kill(model, tmp_path):
         assert complete(client, document=identity) == answer
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE) == 0
+
+
+def test_an_engine_that_cannot_go_on_ends_the_process(model):
+    with serving(model, program=("-c", FAULTY)) as (process, client):
+        response = client.post("/v1/completions", json={"model": "tiny-llama", "prompt": "x", "max_tokens": 8})
+        assert response.status_code == 500 and "simulated" not in response.text
+        assert process.wait(PATIENCE) == 3
+        log = process.stderr.read()
+    assert "Traceback" in log and "RuntimeError: simulated: device-side assert" in log
+    assert "the engine failed and has ended" in log
+    assert log.splitlines()[-1] == "error: the engine failed, so the server has ended; the log above says why"
 
 
 def test_ctrl_c_finishes_what_is_open(model):

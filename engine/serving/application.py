@@ -75,7 +75,8 @@ def state_routes(service: Service) -> APIRouter:
     @router.get("/health", responses=refusals(503))
     async def health() -> Health:
         if service.llm.is_closed:
-            raise as_api_error(EngineClosed("the engine has ended"))
+            reason = "failed" if service.llm.has_failed else "ended"
+            raise as_api_error(EngineClosed(f"the engine has {reason}"))
         return Health(status="ok")
 
     @router.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **refusals(401, 503)})

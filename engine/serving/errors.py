@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from longshadow.engine.runtime.errors import EngineClosed, QueueFull, RequestTooLong
+from longshadow.engine.runtime.errors import EngineClosed, EngineDead, QueueFull, RequestFailed, RequestTooLong
 
 RETRY_SECONDS = 1
 
@@ -98,6 +98,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), param=_parameter_of(str(error)))
         case QueueFull():
             return ApiError(429, str(error), kind="rate_limit_error", code="queue_full")
+        case RequestFailed() | EngineDead():  # which the engine has logged
+            return internal_error()
         case EngineClosed():
             return ApiError(503, str(error), kind="service_unavailable_error", code="engine_closed")
     logger.error("a request failed", exc_info=error)

@@ -19,6 +19,7 @@ GAUGES = {
     "sequences_running": ("num_running", "Sequences that hold a slot, prefilling or decoding: the batch."),
     "requests_waiting": ("num_waiting", "Requests that were not admitted yet: the queue."),
     "documents": ("num_documents", "Documents that requests can name."),
+    "failed_requests": ("num_failed", "Requests and documents on which the engine failed while it went on."),
     "tokens_per_second": ("tokens_per_second", "Generated tokens per second, over the last seconds."),
     "resident_hit_rate": ("hit_rate", "Share of candidate chunks whose keys were resident."),
     "attended_fraction": ("attended_fraction", "Attended tokens over cached tokens."),
@@ -93,6 +94,8 @@ class EngineGauges(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """One family for each figure."""
+        is_up = 0.0 if self._llm.is_closed else 1.0
+        yield GaugeMetricFamily("longshadow_engine_up", "1 while the engine takes requests, else 0.", value=is_up)
         statistics = self._llm.statistics()
         for name, (attribute, text) in GAUGES.items():
             yield GaugeMetricFamily(f"longshadow_{name}", text, value=float(getattr(statistics, attribute)))

@@ -13,6 +13,7 @@ from typing import Any
 
 import uvicorn
 
+from longshadow.engine.runtime import EngineDead
 from longshadow.engine.serving import open_files
 from longshadow.engine.serving.application import make_application
 from longshadow.engine.serving.connection import cancelled
@@ -56,13 +57,19 @@ def url_of(bound: socket.socket) -> str:
 
 
 def run(service: Service, bound: socket.socket) -> None:
-    """Serves until SIGINT or SIGTERM, then finishes or fails every request and closes the engine."""
+    """Serves until SIGINT or SIGTERM, then finishes or fails every request and closes the engine.
+
+    Raises:
+        EngineDead: the engine failed, which ends the server, too.
+    """
     open_files.raise_limit()
     try:
         make_server(service).run([bound])
     finally:
         service.llm.close()
         service.close()
+    if service.llm.has_failed:
+        raise EngineDead("the engine failed, so the server has ended; the log above says why")
 
 
 def make_server(service: Service) -> "GracefulServer":
@@ -104,6 +111,10 @@ class GracefulServer(uvicorn.Server):
         if self.started and sockets:
             name = self._service.settings.model_name
             print(f"serving {name} at {url_of(sockets[0])} (Ctrl-C stops)", file=sys.stderr, flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end: when asked to, or when the engine has failed and no request could be answered any more."""
+        return await super().on_tick(counter) or self._service.llm.has_failed
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Takes no more requests, waits for the open ones, and after the grace time closes the engine below them."""

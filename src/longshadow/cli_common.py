@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 CHECK_FAILED = 1
 USER_ERROR = 2
+ENGINE_FAILED = 3
 INTERRUPTED = 130
 FULL_DISK = "free some space, or choose a folder on another disk, and give the command again"
 
@@ -42,7 +43,10 @@ def log_to_stderr() -> None:
 
 @contextmanager
 def user_errors(debug: bool) -> Iterator[None]:
-    """Turns an error of the user into one line and exit code 2; `debug` lets the traceback through."""
+    """Turns an error of the user into one line and exit code 2; `debug` lets the traceback through.
+
+    An engine that failed has logged its traceback: one line and exit code 3.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -62,12 +66,14 @@ def user_errors(debug: bool) -> Iterator[None]:
         kind = type(error).__name__
         if not debug and (isinstance(error, MemoryError) or kind == "OutOfMemoryError"):
             _exit_with(f"out of memory ({error}); try a shorter text, --dtype bfloat16 or another --device")
+        if not debug and kind == "EngineDead":
+            _exit_with(str(error), ENGINE_FAILED)
         # Damaged files are told as ValueError, so this is one that could not be written.
         if not debug and kind == "SafetensorError":
             _exit_with(f"a file cannot be written ({error}); {FULL_DISK}")
         raise
 
 
-def _exit_with(message: str) -> NoReturn:
+def _exit_with(message: str, code: int = USER_ERROR) -> NoReturn:
     typer.echo(f"error: {' '.join(message.split())}", err=True)
-    raise typer.Exit(USER_ERROR) from None
+    raise typer.Exit(code) from None

@@ -168,8 +168,8 @@ def test_without_a_tokenizer_prompts_are_ids_and_answers_have_no_text() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_num_seqs": 0}, "max_num_seqs must be at least 1"),
-        ({"max_prefill_tokens": 63}, "max_prefill_tokens must be at least 64"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be a whole number, at least 1"),
+        ({"max_prefill_tokens": 63}, "max_prefill_tokens must be a whole number, at least 64"),
         ({"max_model_len": 5000}, "max_model_len must be at most 4096"),
         ({"device_memory": "lots"}, "device_memory must be"),
         ({"device_memory": 1000}, "device_memory leaves 1,000 bytes"),

@@ -117,6 +117,10 @@ class FakeEngine:
     def is_closed(self):
         return self._closed.is_set()
 
+    @property
+    def has_failed(self):
+        return False
+
     def _check(self):
         if self.is_closed:
             raise EngineClosed("the engine was closed")

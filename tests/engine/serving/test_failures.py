@@ -7,7 +7,7 @@ import threading
 import openai
 import pytest
 
-from longshadow.engine.runtime import EngineClosed, QueueFull, RequestTooLong
+from longshadow.engine.runtime import EngineClosed, EngineDead, QueueFull, RequestFailed, RequestTooLong
 from tests.engine.serving.conftest import serving, wait_until
 from tests.engine.serving.fake_engine import FakeEngine
 from tests.engine.serving.test_bodies import CHAT, COMPLETION, refusal
@@ -62,6 +62,8 @@ def test_several_prompts_end_together_when_the_client_leaves():
         (ValueError("stop_token_ids must be below 257"), 400, None),
         (QueueFull("256 requests are waiting already"), 429, "queue_full"),
         (EngineClosed("the engine was closed"), 503, "engine_closed"),
+        (EngineDead("the engine failed: a secret of the implementation"), 500, "internal_error"),
+        (RequestFailed("a secret of the implementation"), 500, "internal_error"),
         (KeyError("a secret of the implementation"), 500, "internal_error"),
     ],
 )
