@@ -12,6 +12,7 @@ from longshadow import LLM, SamplingParams
 from longshadow.batch import run_batch
 from longshadow.batch_files import Results, read_tasks
 from longshadow.cli import app
+from longshadow.engine.runtime import EngineDead
 from tests.engine.runtime.engines import engine
 from tests.tiny_models import write_folder
 
@@ -78,6 +79,57 @@ def test_a_line_that_cannot_be_answered_says_why(llm: LLM, tmp_path: Path, line:
     found = run(llm, source, tmp_path / "out")
     assert "outputs" in found[1]
     assert reason in found[2]["error"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "a\\ud800b", "id": "\\ud800"}',
+        '{"prompt": "a", "stop": ["\\udc00"]}',
+        '{"messages": [{"role": "user", "content": "\\ud83d"}]}',
+        '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+        '{"messages": [{"role": "user", "content": ' + "[" * 900 + "]" * 900 + "}]}",
+        '{"prompt": [true, false]}',
+        '{"prompt": [1.0]}',
+        '{"prompt": [[1]]}',
+        '{"prompt": [null]}',
+        '{"prompt": []}',
+        '{"prompt": "a", "temperature": NaN}',
+        '{"prompt": "a", "top_k": 1e400}',
+        '{"prompt": "a", "seed": "x"}',
+        '{"prompt": "a", "stop": 5}',
+        '{"prompt": "a", "stop_token_ids": [1000000]}',
+        '{"prompt": "a", "stop_token_ids": "1"}',
+        '{"prompt": "a", "ignore_eos": "no"}',
+        '{"prompt": "a", "n": 99}',
+        '{"prompt": "\xff',
+    ],
+)
+def test_one_line_of_any_kind_stops_no_other(llm: LLM, tmp_path: Path, line: str) -> None:
+    (source := tmp_path / "in").write_bytes(
+        b'{"prompt": "abc"}\n' + line.encode("latin-1") + b'\n{"messages": [{"role": "user", "content": "b"}]}\n'
+    )
+    found = run(llm, source, tmp_path / "out")
+    assert sorted(found) == [1, 2, 3] and "outputs" in found[1] and "outputs" in found[3]
+    assert found[2]["error"] and "\n" not in found[2]["error"]
+    with Results(tmp_path / "out") as results:
+        counts = run_batch(llm, read_tasks(source, {}), results, DEFAULTS)
+    assert (counts.answered, counts.refused, counts.done_before) == (0, 0, 3)
+
+
+def test_a_line_on_which_the_engine_fails_is_that_line(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in", {"prompt": "abc"}, {"prompt": "Poison"}, {"prompt": "def"})
+    with engine() as llm:
+        begin = llm._engine._starts.begin
+        llm._engine._starts.begin = lambda job: begin(job) if len(job.prompt) == 3 else 1 // 0  # type: ignore
+        found = run(llm, source, tmp_path / "out")
+        assert "outputs" in found[1] and "outputs" in found[3]
+        assert found[2]["error"] == "the engine failed on this request; its log says why"
+        llm._runner.read = None  # type: ignore[method-assign, assignment]
+        write_lines(source, *({"prompt": "abc"} for _ in range(3)))
+        with pytest.raises(EngineDead):
+            run(llm, source, tmp_path / "other")
+    assert (tmp_path / "other").read_bytes() == b""
 
 
 def test_a_stopped_run_goes_on(llm: LLM, tmp_path: Path) -> None:

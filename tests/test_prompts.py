@@ -4,6 +4,7 @@ import io
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -36,8 +37,31 @@ def test_document_from_a_file(tmp_path: Path) -> None:
 
 
 def test_document_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"text")))
+    monkeypatch.setattr(sys, "stdin", stream(b"text"))
     assert read_document("-") == "text"
+
+
+def stream(content: bytes, **changes: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{"buffer": io.BytesIO(content), "closed": False, "isatty": lambda: False, **changes})
+
+
+@pytest.mark.parametrize(
+    ("stdin", "reason"),
+    [
+        (None, "cannot read the prompt file standard input: it is closed"),
+        (stream(b"", closed=True), "standard input: it is closed"),
+        (stream(b"", isatty=lambda: True), "standard input: it is a terminal"),
+        (stream(b""), "standard input is empty"),
+        (stream(b" \n"), "standard input is empty"),
+        (stream(b"\x7fELF\x02\xff"), r"standard input is not UTF-8 text \(byte 5\)"),
+        (stream("text".encode("utf-16")), "standard input is not UTF-8 text"),
+        (stream("text".encode("utf-16-le")), "standard input is not text: it holds zero bytes"),
+    ],
+)
+def test_standard_input_that_holds_no_text(stdin: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", stdin)
+    with pytest.raises(ValueError, match=reason):
+        read_document("-")
 
 
 def test_documents_that_cannot_be_read(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def error_of(*arguments):
         (["--document", "missing.txt"], "cannot read the prompt file missing.txt: No such file"),
         (["--adapter", "missing"], "missing"),
         (["--device", "abacus"], "device 'abacus' cannot be used here"),
-        (["--max-num-seqs", "0"], "max_num_seqs must be at least 1, got 0"),
+        (["--max-num-seqs", "0"], "max_num_seqs must be a whole number, at least 1, got 0"),
         (["--max-model-len", "1000000"], "max_model_len must be at most 4096"),
         (["--device-memory", "much"], "device_memory"),
     ],

@@ -77,8 +77,8 @@ class Intake:
         sink: Callable[[RequestOutput | Exception], None],
     ) -> Request:
         """A request that goes on from `document`. Raises ValueError, or RequestTooLong for one that is too long."""
-        if document is not None and not isinstance(document, Document):
-            raise ValueError(f"document must be one that add_document or load_document gave, got {_kind(document)}")
+        if document is not None:
+            check_document(document)
         tokens = self.tokens(prompt, is_beginning=document is None)
         if params.n > self.max_num_seqs:
             raise ValueError(f"n must be at most max_num_seqs = {self.max_num_seqs}, got {params.n}")
@@ -156,6 +156,12 @@ def as_params(params: SamplingParams | Sequence_[SamplingParams] | None, count: 
             f"there are {count} prompts and {len(params)} sampling_params; give one for each, or one for all"
         )
     return list(params)
+
+
+def check_document(document: object) -> None:
+    """Raises ValueError for anything else."""
+    if not isinstance(document, Document):
+        raise ValueError(f"document must be one that add_document or load_document gave, got {_kind(document)}")
 
 
 def _is_integer(value: object) -> TypeGuard[SupportsIndex]:

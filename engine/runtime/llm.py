@@ -15,8 +15,9 @@ from longshadow.engine.runtime.asking import answer_all, follow
 from longshadow.engine.runtime.chat import encode_chat, encode_document
 from longshadow.engine.runtime.documents import Document
 from longshadow.engine.runtime.engine import Engine
-from longshadow.engine.runtime.intake import Intake, Prompt, as_params, as_prompts
+from longshadow.engine.runtime.intake import Intake, Prompt, as_params, as_prompts, check_document
 from longshadow.engine.runtime.library import Library
+from longshadow.engine.runtime.limits import check_limits
 from longshadow.engine.runtime.loading import end_tokens, load
 from longshadow.engine.runtime.memory import Bytes, MemoryBudget
 from longshadow.engine.runtime.model_defaults import ModelDefaults
@@ -24,7 +25,6 @@ from longshadow.engine.runtime.outputs import EngineStatistics, RequestOutput
 from longshadow.engine.runtime.prefixes import PrefixCache
 from longshadow.engine.runtime.runner import ModelRunner
 from longshadow.engine.runtime.sampling_params import SamplingParams
-from longshadow.engine.runtime.scheduler import CHUNK_MULTIPLE
 from longshadow.engine.runtime.workspace import step_workspace
 from longshadow.engine.shadowkv import ShadowKVConfig
 from longshadow.models import max_positions
@@ -64,11 +64,11 @@ class LLM:
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | Path | PreTrainedModel,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         shadowkv: ShadowKVConfig | None = None,
-        adapter: str | None = None,
+        adapter: str | Path | None = None,
         max_num_seqs: int = 8,
         max_model_len: int | None = None,
         max_prefill_tokens: int = 512,
@@ -77,14 +77,16 @@ class LLM:
         host_memory: str | int | None = None,
         prefix_cache: bool = True,
     ) -> None:
-        for name, value, least in (
-            ("max_num_seqs", max_num_seqs, 1),
-            ("max_prefill_tokens", max_prefill_tokens, CHUNK_MULTIPLE),
-            ("max_num_waiting", max_num_waiting, 1),
-            ("max_model_len", max_model_len or 2, 2),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_limits(
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            max_prefill_tokens=max_prefill_tokens,
+            max_num_waiting=max_num_waiting,
+            device_memory=device_memory,
+            host_memory=host_memory,
+        )
+        if not isinstance(shadowkv, ShadowKVConfig | None):
+            raise ValueError(f"shadowkv must be a ShadowKVConfig, got a {type(shadowkv).__name__}")
         self.model, self.tokenizer = load(model, tokenizer, adapter)
         self.max_model_len = _model_len(self.model, max_model_len)
         self.max_num_seqs = max_num_seqs
@@ -182,7 +184,8 @@ class LLM:
         Raises:
             RequestTooLong: here; QueueFull and EngineClosed: at the first iteration.
         """
-        request = self._intake.request(prompt, sampling_params or SamplingParams(), document, lambda item: None)
+        [params] = as_params(sampling_params, 1)
+        request = self._intake.request(prompt, params, document, lambda item: None)
         request.id = request_id or request.id
         return follow(self._engine, request, self, on_queued)
 
@@ -224,6 +227,7 @@ class LLM:
 
     def remove_document(self, document: Document) -> None:
         """Forgets a document; requests that use it go on. Harmless when it is gone already."""
+        check_document(document)
         self._engine.remove(document)
 
     def statistics(self) -> EngineStatistics:

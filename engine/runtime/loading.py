@@ -11,12 +11,16 @@ from longshadow.models import LoadedModel, load_model, max_positions
 
 
 def load(
-    model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, adapter: str | None
+    model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, adapter: str | Path | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """By name or as it is, with its adapter. Raises ValueError for what cannot be loaded."""
+    if not isinstance(model, str | Path):
+        _check_model(model)
+    if tokenizer is not None and not hasattr(tokenizer, "decode"):
+        raise ValueError(f"tokenizer must be one of transformers, got a {type(tokenizer).__name__}")
     lora = None if adapter is None else read_adapter(Path(adapter))
-    if isinstance(model, str):
-        loaded = load_model(model)
+    if isinstance(model, str | Path):
+        loaded = load_model(str(model))
     elif lora is None:
         nn.Module.eval(model)
         return model, tokenizer
@@ -28,6 +32,17 @@ def load(
     if lora is not None:
         loaded = with_adapter(loaded, lora)
     return loaded.model, tokenizer or loaded.tokenizer
+
+
+def _check_model(model: object) -> None:
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise ValueError(f"model must be a hub id, a folder, a .gguf file or a model of transformers, got a {kind}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{kind} has an encoder: only decoders, which go on from a text, can be run")
+    head = getattr(model, "get_output_embeddings", None)
+    if head is not None and head() is None:
+        raise ValueError(f"{kind} has no head that gives tokens; load it with AutoModelForCausalLM")
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:

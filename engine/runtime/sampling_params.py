@@ -54,13 +54,13 @@ class SamplingParams:
     min_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        _check_integer("n", self.n, 1)
+        check_integer("n", self.n, 1)
         if self.temperature is not None:
             _check_number("temperature", self.temperature, 0, math.inf, include_last=False)
         if self.top_p is not None:
             _check_number("top_p", self.top_p, 0, 1, include_first=False)
         if self.top_k is not None:
-            _check_integer("top_k", self.top_k, -1, MOST_TOP_K)
+            check_integer("top_k", self.top_k, -1, MOST_TOP_K)
         if self.min_p is not None:
             _check_number("min_p", self.min_p, 0, 1)
         if self.repetition_penalty is not None:
@@ -72,13 +72,13 @@ class SamplingParams:
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
         if self.seed is not None:
-            _check_integer("seed", self.seed, 0, LARGEST_SEED)
+            check_integer("seed", self.seed, 0, LARGEST_SEED)
         if self.logprobs is not None:
-            _check_integer("logprobs", self.logprobs, 0, MOST_LOGPROBS)
+            check_integer("logprobs", self.logprobs, 0, MOST_LOGPROBS)
         if self.max_tokens is not None:
-            _check_integer("max_tokens", self.max_tokens, 1)
+            check_integer("max_tokens", self.max_tokens, 1)
         if self.min_tokens is not None:
-            _check_integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+            check_integer("min_tokens", self.min_tokens, 0, self.max_tokens)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -92,7 +92,8 @@ class SamplingParams:
         return self.temperature < GREEDY_TEMPERATURE
 
 
-def _check_integer(name: str, value: object, least: int, most: int | None = None) -> None:
+def check_integer(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Raises ValueError, which begins with `name`, for anything but a whole number from `least` to `most`."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= least and (most is None or value <= most):
         return
     allowed = f"at least {least}" if most is None else f"between {least} and {most}"
@@ -123,7 +124,7 @@ def _check_texts(name: str, texts: object) -> None:
 
 def _check_tokens(name: str, tokens: object) -> None:
     for token in () if tokens is None else _as_list(name, tokens, "token ids"):
-        _check_integer(name, token, 0)
+        check_integer(name, token, 0)
 
 
 def _as_list(name: str, values: object, what: str) -> Sequence[object]:

@@ -10,10 +10,8 @@ from dataclasses import dataclass, field
 from longshadow.engine.runtime.accounting import Need
 from longshadow.engine.runtime.batch_room import BatchReservation, Room
 from longshadow.engine.runtime.errors import QueueFull
+from longshadow.engine.runtime.limits import CHUNK_MULTIPLE
 from longshadow.engine.runtime.memory import Bytes, MemoryBudget
-
-# A prompt's chunks end at multiples of this many tokens, but for the last.
-CHUNK_MULTIPLE = 64
 
 
 @dataclass(eq=False, kw_only=True)

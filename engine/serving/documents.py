@@ -84,7 +84,9 @@ class DocumentStore:
         """
         if self._folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
+        if not self._folder.exists():
+            self._folder.mkdir(parents=True)
+            logger.info("made the folder %s for documents", self._folder)
         for path in sorted(self._folder.glob(f"*{SUFFIX}"), key=_modified):
             if not ID_PATTERN.fullmatch(path.stem):
                 logger.warning("%s was not saved by this server; left alone", path)

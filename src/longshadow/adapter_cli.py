@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from longshadow.cli_common import CHECK_FAILED, DType, log_to_stderr, torch_dtype, user_errors
+from longshadow.paths import check_output, check_output_folder
 from longshadow.sizes import UNITS_HELP, parse_bytes
 
 adapter_app = typer.Typer(help="Inspect, verify, evaluate, merge and export LoRA adapters.", no_args_is_help=True)
@@ -181,6 +182,7 @@ def merge(
         from longshadow.compress.adapters.reading import read_adapter
         from longshadow.report import format_bytes
 
+        output = check_output_folder(output, "--output")
         merged = merge_adapters(read_adapter(adapter), read_adapter(other), output)
         if json_output:
             print(json.dumps(asdict(merged)))
@@ -220,6 +222,7 @@ def export(
         from longshadow.compress.adapters.reading import read_adapter
         from longshadow.report import format_bytes
 
+        output = check_output(output, "--output")
         read, number = read_adapter(adapter), torch_dtype(dtype)
         if to is Format.padded:
             from longshadow.compress.adapters.padding import export_padded

@@ -2,15 +2,18 @@
 
 import asyncio
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from longshadow.batch_files import Results, Task
-from longshadow.engine.runtime import LLM, QueueFull, RequestOutput, SamplingParams
+from longshadow.engine.runtime import LLM, EngineClosed, QueueFull, RequestFailed, RequestOutput, SamplingParams
 
 # Tasks in the engine for each sequence it runs, so that there is always one waiting.
 TASKS_PER_SEQUENCE = 2
+logger = logging.getLogger(__name__)
+
 FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 LISTS = ("stop", "stop_token_ids")
 
@@ -70,8 +73,14 @@ async def _answer(llm: LLM, task: Task, defaults: SamplingParams) -> dict[str, A
     try:
         prompt, params = parse_task(llm, task, defaults)
         output = await _last_output(llm, prompt, params)
-    except ValueError as error:
+    except (ValueError, RequestFailed) as error:
         return identity | {"error": " ".join(str(error).split())}
+    except EngineClosed:
+        raise
+    # A line's failure is that line's, whatever code of others it met.
+    except Exception as error:
+        logger.error("line %d cannot be answered", task.line, exc_info=error)
+        return identity | {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     return identity | {
         "outputs": [
             {

@@ -48,7 +48,11 @@ def run_files(
     Raises:
         ValueError: a file cannot be used, or the model cannot be loaded.
     """
+    from longshadow.compress.adapters.reading import read_adapter
+
     # What makes a result another one.
+    if adapter is not None:
+        read_adapter(adapter)  # raises for what is none, before the model is loaded
     settings = {"model": model, "adapter": str(adapter), "shadowkv": repr(shadowkv), **sampling}
     num_lines = sum(1 for _ in read_tasks(source, settings))
     with Results(target) as results:

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from longshadow.paths import check_output_file
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -53,7 +55,7 @@ class Results:
         """Raises ValueError for a file that holds something else, or that another process writes."""
         from filelock import FileLock, Timeout
 
-        self._path = path
+        self._path = path = check_output_file(path, "--output")
         self._lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
         try:
             self._lock.acquire()

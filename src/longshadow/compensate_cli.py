@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from longshadow.cli_common import DType, log_to_stderr, user_errors
+from longshadow.paths import check_output_folder
 from longshadow.sizes import UNITS_HELP, parse_bytes
 
 
@@ -94,6 +95,7 @@ def compensate(
         from longshadow.compress.table import print_compensation, print_plan
         from longshadow.display import LayerBar
 
+        output = check_output_folder(output, "--output")
         options = CompensationOptions(
             rank=rank,
             budget_mb=budget_mb,
@@ -123,6 +125,7 @@ def compensate(
                 print_plan(plan)
             return
         if quantize is not None:
+            check_output_folder(Path(quantized), "--quantized")
             quantize_model(original, quantize, Path(quantized))
         with LayerBar("compensating") as bar:
             report = run_compensation(original, quantized, output, options, device=device, on_step=bar.update)

@@ -17,7 +17,7 @@ def read_document(source: str) -> str:
     """
     name = "standard input" if source == "-" else source
     try:
-        content = sys.stdin.buffer.read() if source == "-" else Path(source).expanduser().read_bytes()
+        content = _standard_input() if source == "-" else Path(source).expanduser().read_bytes()
         document = content.decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"cannot read the prompt file {name}: {error.strerror or error}") from error
@@ -25,9 +25,19 @@ def read_document(source: str) -> str:
         raise ValueError(
             f"the prompt file {name} is not UTF-8 text (byte {error.start:,}); convert it with iconv"
         ) from error
+    if "\0" in document:
+        raise ValueError(f"the prompt file {name} is not text: it holds zero bytes")
     if not document.strip():
         raise ValueError(f"the prompt file {name} is empty; put the document to read into it")
     return document
+
+
+def _standard_input() -> bytes:
+    if sys.stdin is None or getattr(sys.stdin, "closed", False):
+        raise OSError("it is closed; pipe a text into it")
+    if sys.stdin.isatty():
+        raise OSError("it is a terminal; pipe a text into it, or name a file")
+    return sys.stdin.buffer.read()
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", document: str, question: str | None) -> "torch.Tensor":

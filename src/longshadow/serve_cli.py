@@ -9,6 +9,7 @@ import typer
 
 from longshadow.cli_common import DType, log_to_stderr, torch_dtype, user_errors
 from longshadow.env import API_KEY_VARIABLE
+from longshadow.paths import check_output_folder
 from longshadow.shadowkv_options import Budget, KeyFormat, Rank, ValueFormat, check_rank, shadowkv_config
 from longshadow.sizes import UNITS_HELP
 
@@ -72,9 +73,13 @@ def serve(
         log_to_stderr()
         require_libraries()
 
+        from longshadow.compress.adapters.reading import read_adapter
+        from longshadow.engine.runtime.limits import check_limits
         from longshadow.engine.serving.settings import MEBIBYTE, ServingSettings
         from longshadow.prompts import read_document
 
+        if documents_dir is not None:
+            documents_dir = check_output_folder(documents_dir, "--documents-dir")
         settings = ServingSettings(
             model_name=name or served_name(model),
             host=host,
@@ -86,7 +91,16 @@ def serve(
             grace_seconds=grace_seconds,
             documents_dir=documents_dir,
         )
+        check_limits(
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            max_num_waiting=max_num_waiting,
+            device_memory=device_memory,
+            host_memory=host_memory,
+        )
         shadow = shadowkv_config(budget, rank, key_dtype, value_dtype)
+        if adapter is not None:
+            read_adapter(adapter)  # raises for what is none, before the model is loaded
         texts = [(path, read_document(str(path))) for path in document or ()]
 
         from longshadow.engine.runtime import LLM
