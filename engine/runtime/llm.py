@@ -146,7 +146,8 @@ class LLM:
         """Answers one prompt or many, in their order.
 
         Args:
-            prompts: texts or token ids; a list of integers is one prompt.
+            prompts: texts or token ids; a list of integers is one prompt. Control tokens in these texts are control
+                tokens; in documents and messages (`chat_prompt`) they are text.
             sampling_params: for all prompts, or one for each. Default: `SamplingParams()`.
             document: what every prompt goes on from.
             progress: show a bar on standard error.
