@@ -14,17 +14,18 @@ class Failures:
     """Jobs that failed in the step that is being taken; the engine lets them go at its end."""
 
     def __init__(self) -> None:
-        self._failed: list[tuple[Request | Reading, Exception]] = []
+        self._failed: list[tuple[Request | Reading, BaseException]] = []
 
     @contextmanager
     def of(self, job: Request | Reading) -> Iterator[None]:
         """Within, work for one job alone: what it raises is that job's failure."""
         try:
             yield
-        except Exception as error:
+        # Panics of libraries in Rust are no Exception; the loop's thread gets no interrupts.
+        except BaseException as error:
             self.add(job, error)
 
-    def add(self, job: Request | Reading, error: Exception) -> None:
+    def add(self, job: Request | Reading, error: BaseException) -> None:
         """Counts a job as failed; the first reason is kept."""
         if all(job is not failed for failed, _ in self._failed):
             self._failed.append((job, error))
@@ -32,13 +33,13 @@ class Failures:
     def __contains__(self, job: object) -> bool:
         return any(job is failed for failed, _ in self._failed)
 
-    def take(self) -> list[tuple[Request | Reading, Exception]]:
+    def take(self) -> list[tuple[Request | Reading, BaseException]]:
         """Those that failed since the last time."""
         failed, self._failed = self._failed, []
         return failed
 
 
-def tell_failed(job: Request | Reading, error: Exception) -> None:
+def tell_failed(job: Request | Reading, error: BaseException) -> None:
     """Logs the failure of a job that has left the engine, and tells whoever waits for it without details."""
     name = f"the request {job.id}" if isinstance(job, Request) else "the reading of a document"
     logger.error("%s failed; the engine goes on", name, exc_info=error)
