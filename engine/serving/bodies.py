@@ -6,7 +6,7 @@ do. Any other name is refused, so that a misspelt parameter is not silently igno
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from longshadow.engine.runtime.messages import joined, template_role
 from longshadow.engine.runtime.sampling_params import LARGEST_SEED, SamplingParams
@@ -16,6 +16,9 @@ from longshadow.engine.serving.neutral import OnlyDefault
 MOST_COMPLETIONS = 128
 MOST_PROMPTS = 128
 MOST_STOPS = 16
+MOST_STOP_TOKENS = 1024
+MOST_MESSAGES = 20_000
+MOST_NAMES = 1000
 MOST_TOKENS = 2**31 - 1
 # Of SamplingParams, those that requests have under the same name and with the same meaning.
 SAMPLING_NAMES = (
@@ -33,11 +36,19 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _few_names(value: Any) -> Any:
+    # Each that is wrong would be a problem of its own.
+    if isinstance(value, dict) and len(value) > MOST_NAMES:
+        raise ValueError(f"an object must have at most {MOST_NAMES:,} names, got {len(value):,}")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
 Neutral = Annotated[Any, OnlyDefault()]
 TokenId = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
 StopText = Annotated[Text, Field(min_length=1)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+# Lists fail fast: a million elements may be wrong.
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Label = Annotated[str | None, Field(description="A label; it changes nothing.")]
 
 
@@ -45,6 +56,8 @@ class Body(BaseModel):
     """Strict: nothing is converted, unknown names are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    few_names = model_validator(mode="before")(_few_names)
 
 
 class StreamOptions(Body):
@@ -65,7 +78,7 @@ class Message(Body):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     name: Label = None
     refusal: Neutral = None
     audio: Neutral = None
@@ -93,7 +106,7 @@ class Generation(Body):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
@@ -103,7 +116,7 @@ class Generation(Body):
     top_k: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MOST_STOP_TOKENS, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None
 
@@ -140,12 +153,14 @@ class Generation(Body):
 class ChatCompletionBody(Generation):
     """A request to /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
-    metadata: Annotated[dict[str, str] | None, Field(description="Labels; they change nothing.")] = None
+    metadata: Annotated[
+        dict[str, str] | None, Field(description="Labels; they change nothing."), BeforeValidator(_few_names)
+    ] = None
     safety_identifier: Label = None
     prompt_cache_key: Label = None
 
@@ -185,8 +200,8 @@ class CompletionBody(Generation):
     prompt: (
         Text
         | TokenIds
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 

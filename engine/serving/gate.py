@@ -12,6 +12,7 @@ from longshadow.engine.serving.connection import CLIENT_CLOSED_REQUEST, ClientGo
 from longshadow.engine.serving.errors import ApiError, stopping
 from longshadow.engine.serving.service import Service
 from longshadow.engine.serving.settings import LOOPBACK_NAMES
+from longshadow.engine.serving.structure import check_structure
 
 OPEN_PATHS = ("/", "/health", "/openapi.json")
 BODY_SECONDS = 120.0
@@ -70,6 +71,7 @@ class Gate:
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 body = await read_body(receive, limit, pause=self._service.settings.patience_seconds)
+            check_structure(body)
         except TimeoutError:
             slow = ApiError(408, f"the request's body took longer than {BODY_SECONDS:g} seconds", code="slow_body")
             await _refuse(slow, scope, receive, send)
