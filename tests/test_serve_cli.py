@@ -120,6 +120,25 @@ def test_an_engine_that_cannot_go_on_ends_the_process(model):
     assert log.splitlines()[-1] == "error: the engine failed, so the server has ended; the log above says why"
 
 
+@pytest.mark.slow
+def test_a_document_survives_a_kill_while_it_is_read(model, tmp_path):
+    with serving(model, "--documents-dir", tmp_path) as (process, client):
+        made = client.post("/v1/documents", json={"text": TEXT, "name": "gate"})
+        process.send_signal(signal.SIGKILL)
+        assert made.status_code == 201 and process.wait(PATIENCE) == -signal.SIGKILL
+    identity = made.json()["id"]
+    with serving(model, "--documents-dir", tmp_path) as (process, client):
+        state = ready(client, identity)
+        assert (state["name"], state["created"]) == ("gate", made.json()["created"])
+        first = complete(client, document=identity)
+        again = client.post("/v1/documents", json={"text": TEXT}).json()["id"]
+        ready(client, again)
+        assert complete(client, document=again) == first
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+            f"{one}.safetensors" for one in (identity, again)
+        )
+
+
 def test_ctrl_c_finishes_what_is_open(model):
     with serving(model, "--name", "renamed", LONGSHADOW_API_KEY="from-the-environment") as (process, client):
         assert client.get("/v1/models").status_code == 401

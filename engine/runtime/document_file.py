@@ -5,11 +5,8 @@ and indices of the tensors by `document_layout`, and a checksum covers the conte
 """
 
 import json
-import os
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from longshadow.engine.runtime.accounting import Accounting
 from longshadow.engine.runtime.document_header import FORMAT, FORMAT_VERSION, METADATA_KEY, Header, read_header
 from longshadow.engine.runtime.document_layout import check_contents, check_tensors, expected_tensors
 from longshadow.engine.runtime.documents import Document
+from longshadow.engine.runtime.durable import written_whole
 from longshadow.engine.runtime.errors import DocumentError
 from longshadow.engine.runtime.state import SHARED_BY_ALL, SequenceState
 from longshadow.engine.runtime.windows import WindowSequence
@@ -43,28 +41,12 @@ def write_document(document: Document, path: Path, requirements: dict[str, Any])
         "energies": [[segment.energy_kept for segment in layer.segments] for layer in full],
         "checksum": checksum(tensors),
     }
-    with _writing(path) as temporary:
-        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(header)})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[str]:
-    """A name beside `path` that takes its place if all goes well, and vanishes otherwise."""
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        os.close(handle)
-    except OSError as error:
-        raise DocumentError(f"cannot write {path}: {error.strerror or error}") from error
-    try:
-        yield temporary
-        os.replace(temporary, path)
+        with written_whole(path) as temporary:
+            save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(header)})
     except (OSError, SafetensorError) as error:
-        raise DocumentError(f"cannot write {path}: {error}") from error
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
+        reason = getattr(error, "strerror", None) or error
+        raise DocumentError(f"cannot write {path}: {reason}") from error
 
 
 def named_tensors(state: SequenceState) -> Iterator[tuple[str, torch.Tensor]]:

@@ -58,9 +58,9 @@ def document_routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1/documents")
     store = service.documents
 
-    @router.post("", status_code=201, responses=refusals(400, 401, 413, 429, 500, 503))
+    @router.post("", status_code=201, responses=refusals(400, 401, 413, 429, 500, 503, 507))
     async def create_document(body: DocumentBody) -> DocumentReply:
-        return reply(store.add(body.text, name=body.name))
+        return reply(await asyncio.to_thread(store.add, body.text, name=body.name))
 
     @router.get("", responses=refusals(401, 503))
     async def list_documents() -> DocumentList:

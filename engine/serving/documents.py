@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import logging
-import re
 import secrets
 import threading
 import time
@@ -15,12 +14,12 @@ from typing import TYPE_CHECKING, Literal
 
 from longshadow.engine.runtime import EngineClosed
 from longshadow.engine.serving.errors import ApiError, as_api_error, stopping
+from longshadow.engine.serving.pending import ID_PATTERN, PendingText, PendingTexts
 
 if TYPE_CHECKING:
     from longshadow.engine.runtime import LLM, Document
 
 SUFFIX = ".safetensors"
-ID_PATTERN = re.compile(r"doc-[0-9a-f]{24}")
 MOST_FAILED = 32
 
 Status = Literal["waiting", "reading", "ready", "failed"]
@@ -70,6 +69,7 @@ class DocumentStore:
     def __init__(self, llm: "LLM", *, folder: Path | None, max_waiting: int) -> None:
         self._llm = llm
         self._folder = folder
+        self._pending = PendingTexts(folder)
         self._max_waiting = max_waiting
         self._records: dict[str, DocumentRecord] = {}
         self._lock = threading.Lock()
@@ -77,7 +77,9 @@ class DocumentStore:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="longshadow-documents")
 
     def load_saved(self) -> None:
-        """Makes the folder, and loads what it holds; a file that cannot be loaded is left alone and told of.
+        """Makes the folder, loads what it holds, and goes on with texts that an earlier server did not get to read.
+
+        A file that cannot be loaded is left alone and told of.
 
         Raises:
             OSError: the folder cannot be made or read.
@@ -101,23 +103,39 @@ class DocumentStore:
             self._finish(record, document, time.monotonic() - started)
             record.done.set_result(None)
             self._records[record.id] = record
+        for pending in self._pending.found():
+            if pending.id in self._records:  # saved, but the server ended before its text was removed
+                self._pending.forget(pending.id)
+            else:
+                logger.info("the document %s was not read to its end, and is read again", pending.id)
+                self._start(self._record(pending))
 
     def add(self, text: str, *, name: str | None) -> DocumentRecord:
-        """Takes a text in, to be read in the background.
+        """Takes a text in, to be read in the background. Where documents are saved, the text is on the disk on return.
 
         Raises:
-            ApiError: too many wait already.
+            ApiError: too many wait already, or it cannot be written.
         """
+        identity = f"doc-{secrets.token_hex(12)}"
+        pending = PendingText(id=identity, name=name, created=int(time.time()), text=text)
         with self._lock:
             if sum(record.status == "waiting" for record in self._records.values()) >= self._max_waiting:
                 message = f"{self._max_waiting} documents wait to be read, which is as many as may; try again later"
                 raise ApiError(429, message, kind="rate_limit_error", code="too_many_documents")
-        return self._start(f"doc-{secrets.token_hex(12)}", text, name)
+            record = self._record(pending)
+        try:
+            self._pending.keep(pending)
+            return self._start(record)
+        except BaseException:
+            self._records.pop(identity, None)
+            raise
 
     def add_file(self, path: Path, text: str) -> DocumentRecord:
         """The same for a file given at the start; it is read once for all starts with one folder."""
         identity = f"doc-{hashlib.sha256(text.encode(errors='replace')).hexdigest()[:24]}"
-        return self._records.get(identity) or self._start(identity, text, path.name.encode(errors="replace").decode())
+        name = path.name.encode(errors="replace").decode()
+        pending = PendingText(id=identity, name=name, created=int(time.time()), text=text)
+        return self._records.get(identity) or self._start(self._record(pending))
 
     def records(self) -> list[DocumentRecord]:
         """All documents, in the order they came."""
@@ -157,6 +175,7 @@ class DocumentStore:
             OSError: its file cannot be removed; the document stays.
         """
         record = self.find(identity)
+        self._pending.forget(identity)
         if record.is_saved:
             self._path(record).unlink(missing_ok=True)
         with self._lock:
@@ -172,14 +191,18 @@ class DocumentStore:
         """Waits for what is being read, which the closed engine has ended; what waited fails."""
         self._reader.shutdown(wait=True)
 
-    def _start(self, identity: str, text: str, name: str | None) -> DocumentRecord:
-        record = DocumentRecord(id=identity, name=name, created=int(time.time()), text=text)
-        self._records[identity] = record
+    def _record(self, pending: PendingText) -> DocumentRecord:
+        record = DocumentRecord(id=pending.id, name=pending.name, created=pending.created, text=pending.text)
+        self._records[record.id] = record
+        return record
+
+    def _start(self, record: DocumentRecord) -> DocumentRecord:
         try:
             self._reader.submit(self._read, record)
         except RuntimeError as error:  # the store was closed
-            del self._records[identity]
             raise stopping() from error
+        if record.is_deleted:  # while it was written
+            self._pending.forget(record.id)
         return record
 
     def _read(self, record: DocumentRecord) -> None:
@@ -223,6 +246,10 @@ class DocumentStore:
         failed = [one for one in self.records() if one.status == "failed"]
         for oldest in failed[:-MOST_FAILED]:
             self._records.pop(oldest.id, None)
+            self._forget_text(oldest)
+        # A text that is at fault itself would be again; others are tried again by the next server.
+        if isinstance(error, ValueError):
+            self._forget_text(record)
 
     def _save(self, record: DocumentRecord, document: "Document") -> None:
         path = self._path(record)
@@ -234,8 +261,15 @@ class DocumentStore:
             return
         with self._lock:
             record.is_saved = not record.is_deleted
+        self._forget_text(record)
         if record.is_deleted:
             path.unlink(missing_ok=True)
+
+    def _forget_text(self, record: DocumentRecord) -> None:
+        try:
+            self._pending.forget(record.id)
+        except OSError as error:
+            logger.warning("the text of the document %s cannot be removed: %s", record.id, error)
 
     def _path(self, record: DocumentRecord) -> Path:
         assert self._folder is not None

@@ -60,7 +60,7 @@ class ApiError(Exception):
 
     def headers(self) -> dict[str, str]:
         """What belongs to the status: when to try again, how to sign in."""
-        if self.status in (429, 503):
+        if self.status in (429, 503, 507):
             return {"Retry-After": str(RETRY_SECONDS)}
         return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
 

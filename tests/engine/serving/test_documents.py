@@ -1,5 +1,8 @@
 """Documents over HTTP: reading, asking, saving, loading, deleting."""
 
+import errno
+import hashlib
+import json
 import os
 import threading
 import time
@@ -272,3 +275,119 @@ def test_a_file_given_at_the_start_is_read_once(tmp_path):
             [state] = client.get("/v1/documents").json()["data"]
             assert state["name"] == "report.txt"
     assert len(list(folder.iterdir())) == 1
+
+
+def pending(folder, **fields):
+    """A text that a server left."""
+    identity = f"doc-{fields.pop('number', 7):024x}"
+    text = fields.get("text", TEXT)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    whole = {"format": "longshadow text", "name": "gate", "created": 1_700_000_000, "text": text, "sha256": digest}
+    path = folder / f"{identity}.pending.json"
+    path.write_text(json.dumps(whole | fields))
+    return identity, path
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_text_is_on_the_disk_when_it_is_accepted(tmp_path):
+    engine = FakeEngine(document_tempo=20.0)
+    with serving(engine, grace_seconds=0.1, documents_dir=tmp_path) as server, server.client() as client:
+        made = [create(client, f"text {number}", name=str(number)) for number in range(3)]
+        assert files(tmp_path) == sorted(f"{one['id']}.pending.json" for one in made)
+        assert client.delete(f"/v1/documents/{made[1]['id']}").status_code == 200
+        assert len(files(tmp_path)) == 2
+    assert engine.documents == [] and len(files(tmp_path)) == 2, "the end of the server keeps them, too"
+    engine = FakeEngine()
+    with serving(engine, documents_dir=tmp_path) as server, server.client() as client:
+        for one in (made[0], made[2]):
+            wait_until(lambda one=one: ready(client, one["id"])["saved"])
+            after = client.get(f"/v1/documents/{one['id']}").json()
+            assert (after["name"], after["created"], after["num_tokens"]) == (
+                one["name"],
+                one["created"],
+                len("text 0"),
+            )
+        assert files(tmp_path) == sorted(f"{one['id']}.safetensors" for one in (made[0], made[2]))
+
+
+def test_a_text_that_was_read_and_saved_is_not_read_again(tmp_path):
+    identity, path = pending(tmp_path)
+    (tmp_path / f"{identity}.safetensors").write_text("gate\n2340")
+    engine = FakeEngine()
+    with serving(engine, documents_dir=tmp_path) as server, server.client() as client:
+        assert ready(client, identity)["saved"] and engine.num_readings == 0
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"text": 5},
+        {"text": "other", "sha256": "0"},
+        {"created": "now"},
+        {"name": 5},
+        {"format": "another"},
+    ],
+    ids=str,
+)
+def test_damaged_texts_are_left_alone(fields, tmp_path, caplog):
+    _, path = pending(tmp_path) if not isinstance(fields.get("text", ""), str) else pending(tmp_path, **fields)
+    if not isinstance(fields.get("text", ""), str):
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with serving(FakeEngine(), documents_dir=tmp_path) as server, server.client() as client:
+        assert client.get("/v1/documents").json()["data"] == []
+    assert path.exists()
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{path} cannot be read: it ") and "\n" not in line
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b"[]"], ids=lambda content: str(content[:5]))
+def test_files_that_are_no_texts_are_left_alone(content, tmp_path, caplog):
+    path = tmp_path / f"doc-{'0' * 24}.pending.json"
+    path.write_bytes(content)
+    with serving(FakeEngine(), documents_dir=tmp_path) as server, server.client() as client:
+        assert client.get("/v1/documents").json()["data"] == []
+    assert path.exists() and caplog.text.count(f"{path} cannot be read") == 1
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.ENOSPC, 507), (errno.EDQUOT, 507), (errno.EROFS, 503)])
+def test_a_text_that_cannot_be_kept_is_not_accepted(number, status, monkeypatch, tmp_path):
+    engine = FakeEngine()
+    with serving(engine, documents_dir=tmp_path) as server, server.client() as client:
+
+        def fails(handle):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("longshadow.engine.runtime.durable.os.fsync", fails)
+        error = refusal(client.post("/v1/documents", json={"text": TEXT}), status)
+        assert os.strerror(number) in error["message"] and error["param"] is None
+        assert client.get("/v1/documents").json()["data"] == []
+        assert files(tmp_path) == []
+        monkeypatch.undo()
+        identity = create(client)["id"]
+        wait_until(lambda: ready(client, identity)["saved"])
+    assert engine.num_readings == 1
+
+
+@pytest.mark.parametrize(("failure", "kept"), [(ValueError("no"), False), (KeyError("oh"), True)])
+def test_a_text_at_fault_is_not_read_again(failure, kept, tmp_path):
+    with serving(FakeEngine(document_failure=failure), documents_dir=tmp_path) as server, server.client() as client:
+        identity = create(client)["id"]
+        assert ready(client, identity)["status"] == "failed"
+        assert (tmp_path / f"{identity}.pending.json").exists() == kept
+        client.delete(f"/v1/documents/{identity}")
+        assert files(tmp_path) == []
+
+
+def test_a_text_whose_document_cannot_be_saved_is_kept(monkeypatch, tmp_path):
+    def full(self, path):
+        raise DocumentError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr("tests.engine.serving.fake_engine.FakeDocument.save", full)
+    with serving(FakeEngine(), documents_dir=tmp_path) as server, server.client() as client:
+        identity = create(client)["id"]
+        wait_until(lambda: ready(client, identity)["error"] is not None)
+        assert files(tmp_path) == [f"{identity}.pending.json"]
