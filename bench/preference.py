@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,15 +105,23 @@ def group_trainer(trainer_class: Any, policy: nn.Module, group: int, **options: 
 def pair_step(trainer: Any, batch: Batch) -> float:
     """Reference pass, policy pass, backward; new gradients replace the old ones. Returns the loss."""
     trainer.model.zero_grad(set_to_none=True)
-    return float(trainer.training_step(trainer.model, dict(batch)).detach())
+    with _sharing(trainer):
+        return float(trainer.training_step(trainer.model, dict(batch)).detach())
 
 
 def group_step(trainer: Any, batch: Batch) -> float:
     """Policy pass and backward on completions that are there. Returns the loss."""
     trainer.model.zero_grad(set_to_none=True)
-    loss = trainer.compute_loss(trainer.model.train(), dict(batch))
-    loss.backward()
+    with _sharing(trainer):
+        loss = trainer.compute_loss(trainer.model.train(), dict(batch))
+        loss.backward()
     return float(loss.detach())
+
+
+def _sharing(trainer: Any) -> AbstractContextManager[None]:
+    """What the trainer's own `train` does around its steps."""
+    ours: AbstractContextManager[None] | None = trainer.sharing() if hasattr(trainer, "sharing") else None
+    return nullcontext() if ours is None else ours
 
 
 @contextmanager

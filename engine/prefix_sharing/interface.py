@@ -89,6 +89,8 @@ def _attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     batch = _attending.batch
     assert batch is not None
+    if attention_mask is not None and attention_mask.numel() > 1:
+        raise ValueError(f"{type(module).__name__} makes a mask of its own")
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     attend = choose_attention(batch.attention, query, dropout=dropout, softcap=softcap, sinks=sinks)
     output = attend(

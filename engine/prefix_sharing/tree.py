@@ -6,12 +6,14 @@ Legend: N rows, L columns, T tokens of the tree (nodes).
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import torch
 
 Made = TypeVar("Made")
+# What tells a token's position in a padded row.
+Positions = Literal["tokens", "column", "either"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +22,7 @@ class Chain:
 
     Attributes:
         start, stop: the nodes, in tree order.
-        depth: position of the first one.
+        depth: tokens before the first one on its path.
         ancestors: (start, stop) spans of nodes that make the path from the root to it, root first.
     """
 
@@ -39,11 +41,12 @@ class PrefixTree:
 
     Attributes:
         token_ids: [T].
-        positions: [T], tokens before the node on its path.
+        positions: [T], tokens before the node on its path, or columns of the batch.
         subtree_end: [T], one past the last node below.
         node_of: [N, L], the node of each cell; 0 where there is padding.
         is_real: [N, L] (bool), False for padding.
         chains: a partition of the nodes, in order.
+        padded_left: some row does not begin in the first column.
     """
 
     token_ids: torch.Tensor
@@ -52,11 +55,21 @@ class PrefixTree:
     node_of: torch.Tensor
     is_real: torch.Tensor
     chains: tuple[Chain, ...]
+    padded_left: bool
     _remembered: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def from_batch(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Self:
+    def from_batch(
+        cls,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        positions: Positions = "tokens",
+    ) -> Self:
         """The tree of a padded batch, input_ids and attention_mask [N, L]; padding may be on either side.
+
+        A node's position is the number of "tokens" before it, or its "column", so that only rows that begin in the
+        same one share; "either" means the column where one row is alone, and any that keep the distances otherwise.
 
         Raises ValueError where the shapes differ, a row has no token, or a row's tokens are not contiguous.
         """
@@ -79,15 +92,18 @@ class PrefixTree:
         rows = [ids[row, firsts[row] : firsts[row] + lengths[row]] for row in range(num_rows)]
 
         # Sorted rows that share a prefix are neighbours, so each shares most with the one before it.
-        order = sorted(range(num_rows), key=lambda row: rows[row].astype(">u8").tobytes())
+        begins = np.zeros_like(firsts) if positions == "tokens" else firsts
+        apart = begins if positions == "column" else np.zeros_like(firsts)
+        order = sorted(range(num_rows), key=lambda row: (apart[row], rows[row].astype(">u8").tobytes()))
         path = np.zeros(0, dtype=np.int64)
         spans: list[tuple[int, int]] = []
-        tokens, positions, ends, chains = [], [], np.zeros(int(lengths.sum()), dtype=np.int64), []
+        tokens, places, ends, chains = [], [], np.zeros(int(lengths.sum()), dtype=np.int64), []
         node_of = np.zeros((num_rows, num_columns), dtype=np.int64)
         num_nodes = 0
-        previous = rows[order[0]][:0]
+        previous, part, begin = rows[order[0]][:0], apart[order[0]], 0
         for row in order:
-            shared = _common_length(previous, rows[row])
+            shared = _common_length(previous, rows[row]) if apart[row] == part else 0
+            begin = begin if shared else begins[row]
             ends[path[shared:]] = num_nodes
             spans = _cut(spans, shared)
             new = len(rows[row]) - shared
@@ -95,11 +111,11 @@ class PrefixTree:
                 chains.append(Chain(start=num_nodes, stop=num_nodes + new, depth=shared, ancestors=tuple(spans)))
                 spans.append((num_nodes, num_nodes + new))
                 tokens.append(rows[row][shared:])
-                positions.append(np.arange(shared, shared + new))
+                places.append(begin + np.arange(shared, shared + new))
             path = np.concatenate([path[:shared], np.arange(num_nodes, num_nodes + new)])
             num_nodes += new
             node_of[row, firsts[row] : firsts[row] + lengths[row]] = path
-            previous = rows[row]
+            previous, part = rows[row], apart[row]
         ends[path] = num_nodes
 
         def on_device(array: np.ndarray) -> torch.Tensor:
@@ -107,11 +123,12 @@ class PrefixTree:
 
         return cls(
             token_ids=on_device(np.concatenate(tokens)),
-            positions=on_device(np.concatenate(positions)),
+            positions=on_device(np.concatenate(places)),
             subtree_end=on_device(ends[:num_nodes]),
             node_of=on_device(node_of),
             is_real=on_device(real),
             chains=tuple(chains),
+            padded_left=bool(firsts.any()),
         )
 
     def remembered(self, key: Any, make: Callable[[], Made]) -> Made:
@@ -137,20 +154,23 @@ class PrefixTree:
         return self.node_of.numel() / self.num_tokens
 
 
-_latest: tuple[torch.Tensor, torch.Tensor, PrefixTree] | None = None
+_latest: tuple[torch.Tensor, torch.Tensor, Positions, PrefixTree] | None = None
 
 
-def tree_of_batch(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> PrefixTree:
+def tree_of_batch(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, *, positions: Positions = "tokens"
+) -> PrefixTree:
     """`PrefixTree.from_batch`, or the tree of the latest batch if this is it again, as for policy and reference."""
     global _latest
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if _latest is not None:
-        ids, real, tree = _latest
-        if ids.device == input_ids.device and torch.equal(ids, input_ids) and torch.equal(real, mask):
+        ids, real, counted, tree = _latest
+        same = ids.device == input_ids.device and counted == positions
+        if same and torch.equal(ids, input_ids) and torch.equal(real, mask):
             return tree
-    tree = PrefixTree.from_batch(input_ids, mask)
+    tree = PrefixTree.from_batch(input_ids, mask, positions=positions)
     # Copies: a batch may be changed in place.
-    _latest = (input_ids.clone(), mask.clone(), tree)
+    _latest = (input_ids.clone(), mask.clone(), positions, tree)
     return tree
 
 

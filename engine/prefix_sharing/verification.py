@@ -1,55 +1,100 @@
-"""The comparison of a shared batch with the ordinary path."""
+"""The comparison of shared batches with the ordinary path: the first of each kind."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from longshadow.engine.prefix_sharing.tree import PrefixTree
+from longshadow.engine.prefix_sharing.undisturbed import undisturbed
+
 # Of hidden states relative to their largest, where an extra column of padding changes nothing at all.
 SMALLEST_TOLERANCE = 1e-6
 FACTOR = 10
+# Forwards of a comparison.
+NUM_PASSES = 3
 
 
-@torch.no_grad()
-def verify_first_batch(
+def kind_of(tree: PrefixTree) -> tuple[bool, int]:
+    """Batches of one kind are padded alike, and share alike to a factor of two."""
+    return tree.padded_left, int(math.log2(tree.token_ratio))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Comparison:
+    """What the ordinary path gives for a batch, and how much may differ from it on real tokens.
+
+    That is ten times what one more column of padding changes in the ordinary path, which is no change in exact
+    arithmetic either.
+
+    Attributes:
+        ordinary: hidden states [N, L, H].
+        real: [N, L] (bool).
+        noise: what one more column changes.
+    """
+
+    ordinary: torch.Tensor
+    real: torch.Tensor
+    noise: float
+
+    @classmethod
+    def of(
+        cls,
+        ordinary_path: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        backbone: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+    ) -> "Comparison":
+        """Runs the path without dropout, and leaves nothing behind in the backbone."""
+        pad = torch.zeros_like(input_ids[:, :1])
+        with undisturbed(backbone, input_ids.device):
+            ordinary = ordinary_path(input_ids, attention_mask)
+        with undisturbed(backbone, input_ids.device):
+            mask = torch.cat([attention_mask, pad.to(attention_mask)], 1)
+            wider = ordinary_path(torch.cat([input_ids, pad], 1), mask)[:, :-1]
+        real = attention_mask.bool()
+        return cls(ordinary=ordinary, real=real, noise=float((wider - ordinary)[real].abs().max()))
+
+    @property
+    def is_finite(self) -> bool:
+        return self.noise < float("inf")
+
+    def difference(self, shared: torch.Tensor) -> str | None:
+        """How far hidden states [N, L, H] are off; None where they agree."""
+        scale = float(self.ordinary[self.real].abs().max())
+        error = float((shared - self.ordinary)[self.real].abs().max())
+        tolerance = FACTOR * max(self.noise, SMALLEST_TOLERANCE * scale, scale * _rounding(self.ordinary))
+        if error <= tolerance:
+            return None
+        return f"by {error:.2e}, more than {tolerance:.2e} (one more column of padding: {self.noise:.2e})"
+
+
+def why_different(
     ordinary_path: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     shared_path: Callable[[], torch.Tensor],
     backbone: nn.Module,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
-) -> None:
-    """Raises RuntimeError where the two paths' hidden states [N, L, H] differ on real tokens.
-
-    Both run without dropout. What may differ is ten times what one more column of padding changes in the ordinary
-    path, which is no change in exact arithmetic either.
-    """
-    modes = [(module, module.training) for module in backbone.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        pad = torch.zeros_like(input_ids[:, :1])
-        ordinary = ordinary_path(input_ids, mask)
-        wider = ordinary_path(torch.cat([input_ids, pad], 1), torch.cat([mask, pad.to(mask)], 1))[:, :-1]
-        shared = shared_path()
-    finally:
-        for module, training in modes:
-            module.training = training
-    real = mask.bool()
-    scale = float(ordinary[real].abs().max())
-    noise = float((wider - ordinary)[real].abs().max())
-    if not noise < float("inf"):
-        raise RuntimeError(
+) -> str | None:
+    """How the two paths differ on a batch, in a sentence; None where they agree."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    comparison = Comparison.of(ordinary_path, backbone, input_ids, mask)
+    if not comparison.is_finite:
+        return (
             "the model gives NaN or infinity without prefix sharing, so there is nothing to compare with: check the "
             "batch, or pass verify_first_batch=False"
         )
-    error = float((shared - ordinary)[real].abs().max())
-    tolerance = FACTOR * max(noise, SMALLEST_TOLERANCE * scale, scale * _rounding(ordinary))
-    if not error <= tolerance:
-        raise RuntimeError(
-            f"prefix sharing changes the hidden states of {type(backbone).__name__} by {error:.2e}, more than "
-            f"{tolerance:.2e} (one more column of padding: {noise:.2e}): this model cannot share prefixes"
-        )
+    with undisturbed(backbone, input_ids.device):
+        shared = shared_path()
+    difference = comparison.difference(shared)
+    if difference is None:
+        return None
+    return (
+        f"prefix sharing changes the hidden states of {type(backbone).__name__} {difference}: this model cannot share "
+        "prefixes"
+    )
 
 
 def _rounding(output: torch.Tensor) -> float:
