@@ -133,7 +133,6 @@ def train_groups(
         gradient_accumulation_steps=batches,
         num_generations=group,
         max_completion_length=12,
-        max_steps=STEPS,
         learning_rate=1e-3,
         logging_steps=1,
         report_to=[],
@@ -143,7 +142,7 @@ def train_groups(
         disable_tqdm=True,
         # Few words are left to say, so that the end comes up.
         generation_kwargs={"suppress_tokens": list(range(VOCABULARY - 12))},
-        **{"beta": 0.0, **arguments},
+        **{"beta": 0.0, "max_steps": STEPS, **arguments},
     )
     trainer = trainer_class(
         model=model,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from longshadow import share_prefixes
-from longshadow.engine.prefix_sharing.head import project_every_cell, project_labelled_cells
+from longshadow.engine.prefix_sharing.head import project_labelled_cells
 from tests.engine.prefix_sharing.batches import pad, pairs
 from tests.engine.prefix_sharing.trainers.runs import model_of
 
@@ -39,10 +39,8 @@ def test_output_is_that_of_the_whole_head(labelled: str, minimum_ratio: float) -
         return fields, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     expected, gradients = run()
-    with share_prefixes(model, minimum_ratio=minimum_ratio):
-        project_labelled_cells(model)
+    with share_prefixes(model, minimum_ratio=minimum_ratio), project_labelled_cells(model):
         actual, mine = run()
-        project_every_cell(model)
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         if isinstance(value, torch.Tensor):
@@ -67,8 +65,8 @@ def test_only_labelled_cells_meet_the_vocabulary(monkeypatch: Any) -> None:
     )
     with share_prefixes(model, verify_first_batch=False):
         model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
-        project_labelled_cells(model)
-        model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+        with project_labelled_cells(model):
+            model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
     assert rows == [ids.shape[0] * (ids.shape[1] - 1), int((labels[:, 1:] != -100).sum())]
     assert model(input_ids=ids, attention_mask=mask).logits.shape == (*ids.shape, model.config.vocab_size)
     assert "forward" in vars(model), "TRL's own head is gone"
