@@ -12,6 +12,7 @@ import torch
 from longshadow import LLM, SamplingParams
 from longshadow.engine.runtime import EngineDead, RequestFailed, RequestOutput, outcomes
 from longshadow.engine.runtime.sampling import Sampler
+from longshadow.env import BACKEND_VARIABLE
 from tests.engine.runtime.engines import GREEDY, assert_nothing_is_left, engine, last_of, small_config, text, tokens_of
 from tests.tiny_models import tiny_tokenizer
 
@@ -94,7 +95,12 @@ def test_in_a_layer_of_a_decoding_step(fresh: LLM, expected: Any, caplog: pytest
         handle.remove()
 
 
-def test_a_step_that_fails_once_harms_nobody_who_can_go_on(expected: Any, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_step_that_fails_once_harms_nobody_who_can_go_on(
+    backend: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether sequences decode one by one, or by operators as a batch; some of them are compressed on the way."""
+    monkeypatch.setenv(BACKEND_VARIABLE, backend)
     with engine(prefix_cache=False, shadowkv=small_config(local_tokens=8)) as llm:
         params = SamplingParams(max_tokens=90, temperature=0)
         undisturbed = [tokens_of(output) for output in llm.generate(GOOD, params)]
@@ -221,6 +227,19 @@ def test_in_every_step(where: str, caplog: pytest.LogCaptureFixture) -> None:
         [record] = [record for record in caplog.records if record.levelno == logging.CRITICAL]
         assert record.exc_info is not None and isinstance(record.exc_info[1], Fault)
     assert llm.model.config._attn_implementation != "longshadow"
+
+
+def test_in_every_step_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is for requests alone, so that only they tell."""
+    monkeypatch.setenv(BACKEND_VARIABLE, "reference")
+
+    def fail(*_: Any) -> None:
+        raise Fault("device-side assert")
+
+    with engine() as llm:
+        llm._runner.decode = fail  # type: ignore[method-assign, assignment]
+        kinds = [type(ask_all(llm, GOOD[:1])[0]) for _ in range(4)]
+        assert kinds == [RequestFailed, RequestFailed, EngineDead, EngineDead] and llm.has_failed
 
 
 def test_in_the_loop_itself(caplog: pytest.LogCaptureFixture) -> None:
