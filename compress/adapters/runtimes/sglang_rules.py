@@ -41,19 +41,19 @@ def sglang_answer(adapter: Adapter, base: "Base") -> Answer:
             return no(f"SGLang scales all layers by lora_alpha / r, and {name} by {layer.scale:g}: {PADDED}")
     architecture = base.architecture
     if architecture not in ARCHITECTURES or base.is_wrapped:
-        return not_known(f"what SGLang does with adapters on {architecture or 'an architecture without a name'}")
+        return not_known(f"what SGLang does with adapters on {architecture or 'this base'} was not tried")
     if base.method not in METHODS:
-        return not_known(f"whether SGLang puts adapters on {base.method} models")
+        return not_known(f"whether SGLang puts adapters on {base.method} models was not tried")
     kinds = defaultdict(set)
     for name in adapter.layers:
         parent, _, kind = name.rpartition(".")
         if kind not in MODULES or not name.startswith("model.layers."):
-            return not_known(f"whether SGLang adapts {name}")
+            return not_known(f"whether SGLang adapts {name} was not tried")
         kinds[parent].add(kind)
     for parent, present in kinds.items():
         for stack in STACKED:
             if present & stack and not stack <= present:
                 missing = min(stack - present)
-                return not_known(f"what SGLang does where {parent} has factors for some of {missing}'s stack only")
+                return not_known(f"what SGLang does without factors for {parent}.{missing}, one stack, was not tried")
     paths = quote(f"adapter={adapter.folder}")
     return yes(f"python -m sglang.launch_server --model-path {quote(base.name)} --lora-paths {paths}")

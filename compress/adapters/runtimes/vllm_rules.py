@@ -116,9 +116,7 @@ def _reasons_of_the_class(adapter: Adapter, base: "Base") -> list[str]:
         lost = [name for name in adapter.layers if not name.startswith(("model.layers.", "lm_head"))]
     else:
         lost = []
-    return [
-        f"in vLLM's {architecture} no module has the name {name}: it drops such without a word" for name in lost[:1]
-    ]
+    return [f"vLLM's {architecture} has no module {name}, and drops what is for it without a word" for name in lost[:1]]
 
 
 def _doubt(adapter: Adapter, base: "Base", rank: int) -> str:
@@ -129,9 +127,7 @@ def _doubt(adapter: Adapter, base: "Base", rank: int) -> str:
         if not kinds <= ATTENTION:
             return f"whether vLLM's {architecture} adapts {min(kinds - ATTENTION)} was not tried"
     elif architecture not in MODULES:
-        return (
-            f"whether the names of {architecture or 'this base'} are those of vLLM's modules was not tried; see --run"
-        )
+        return f"whether vLLM's modules have the names of {architecture or 'this base'} was not tried; --run does"
     if "lm_head" in kinds and base.config.tie_word_embeddings:
         return "what vLLM does with factors of a head that is the embedding was not tried"
     blocks = {match for name in adapter.layers if (match := _block(name))}
