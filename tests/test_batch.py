@@ -67,7 +67,7 @@ def test_every_line_gets_one_result(llm: LLM, tmp_path: Path) -> None:
         ({}, "either prompt or messages"),
         ({"prompt": "a", "temprature": 1}, "unknown field 'temprature'"),
         ({"prompt": "a", "temperature": -1}, "temperature must be"),
-        ({"prompt": "a", "max_tokens": 5000}, "but 4,096 fit"),
+        ({"prompt": "a", "max_tokens": 5000}, "maximum context length is 4096 tokens"),
         ({"prompt": 5}, "prompt must be a text"),
         ({"prompt": [10**6]}, "token ids must be"),
         ({"messages": ["a"]}, "list of objects"),

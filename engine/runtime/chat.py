@@ -6,6 +6,7 @@ tokens that stand in documents or messages are text.
 """
 
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,12 +18,23 @@ from longshadow.engine.runtime.sampling_params import check_unicode
 BETWEEN = "\n\n"
 
 
-def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """A document as the beginning of a user's message, or as it is where there is no chat template."""
+def _no_check(text: str) -> None:
+    """Any length will do."""
+
+
+def encode_document(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, check: Callable[[str], None] = _no_check
+) -> list[int]:
+    """A document as the beginning of a user's message, or as it is where there is no chat template.
+
+    Args:
+        check: called with the text before it is tokenised.
+    """
     check_unicode("the document", text)
     text = text.strip()
     if not text:
         raise ValueError("the document is empty")
+    check(text)
     control = ControlTokens(tokenizer)
     if not tokenizer.chat_template:
         return control.encode_text(text)
@@ -32,11 +44,18 @@ def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, after_document: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    *,
+    after_document: bool,
+    check: Callable[[str], None] = _no_check,
 ) -> list[int]:
     """Messages and the beginning of the answer. After a document, the rest of the message that begins with it.
 
     A system message cannot precede a document that has been read already, so it then stands before the question.
+
+    Args:
+        check: called with the rendered text before it is tokenised; templates can leave messages out.
 
     Raises:
         ValueError: there is no chat template, it refuses the messages, or they are no messages of text.
@@ -46,7 +65,9 @@ def encode_chat(
     control = ControlTokens(tokenizer)
     turns: list[dict[str, Any]] = control.marked(normalised(messages))
     if not after_document:
-        return control.encode(_render(tokenizer, turns))
+        whole = _render(tokenizer, turns)
+        check(control.unmarked(whole))
+        return control.encode(whole)
     system = [turn["content"] for turn in turns if turn["role"] == "system"]
     turns = [turn for turn in turns if turn["role"] != "system"]
     if not turns or turns[0]["role"] != "user":
@@ -54,6 +75,7 @@ def encode_chat(
     marker = _marker()
     turns[0]["content"] = BETWEEN.join([marker, *system, turns[0]["content"]])
     _, _, after = _render(tokenizer, turns).partition(marker)
+    check(control.unmarked(after))
     return control.encode(after)
 
 

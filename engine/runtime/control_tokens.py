@@ -50,6 +50,10 @@ class ControlTokens:
             text = self._pattern.sub(lambda found: found[0][0] + self._mark + found[0][1:], text)
         return text
 
+    def unmarked(self, marked: str) -> str:
+        """The text without its marks."""
+        return marked.replace(self._mark, "")
+
     def encode(self, marked: str) -> list[int]:
         """Token ids of a text with marks, without special tokens around it."""
         first, *rest = marked.split(self._mark)

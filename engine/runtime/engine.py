@@ -104,15 +104,15 @@ class Engine:
             for job in jobs:
                 self._check_size(job)
 
-    def could_admit(self, need: Need, num_slots: int) -> bool:
-        """Whether a job of this need would be admitted if there were no other."""
+    def could_admit(self, need: Need, num_slots: int, num_jobs: int = 1) -> bool:
+        """Whether so many jobs of this need would be admitted together if there were no others."""
         with self._lock:
-            alone = self.scheduler.need_alone(need, num_slots)
-            return self.budget.could_fit(alone, beside=self.holdings.held)
+            together = self.scheduler.need_together(need, num_slots, num_jobs)
+            return self.budget.could_fit(together, beside=self.holdings.held)
 
     def _check_size(self, job: Job) -> None:
         if not self.could_admit(job.need, job.num_slots):
-            need, left = self.scheduler.need_alone(job.need, job.num_slots), self.budget.limits - self.holdings.held
+            need, left = self.scheduler.need_together(job.need, job.num_slots), self.budget.limits - self.holdings.held
             raise RequestTooLong(
                 f"{job.num_prompt:,} tokens and their answers need {need.device:,} bytes of device and {need.host:,} "
                 f"of host memory, beside the engine's documents there are {left.device:,} and {left.host:,}"

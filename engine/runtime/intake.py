@@ -1,5 +1,6 @@
 """From what a caller gives to a request that the engine can admit, or one line about why it cannot."""
 
+import functools
 import operator
 import secrets
 from collections.abc import Callable
@@ -12,14 +13,18 @@ from transformers import PreTrainedTokenizerBase
 
 from longshadow.engine.runtime.accounting import Accounting, Need
 from longshadow.engine.runtime.documents import Document
-from longshadow.engine.runtime.errors import RequestTooLong
+from longshadow.engine.runtime.errors import RequestTooLong, context_exceeded
 from longshadow.engine.runtime.model_defaults import ModelDefaults
 from longshadow.engine.runtime.outputs import RequestOutput
 from longshadow.engine.runtime.requests import Request, make_completions
 from longshadow.engine.runtime.sampling_params import SamplingParams, check_unicode
 from longshadow.engine.runtime.shapes import Start
+from longshadow.engine.runtime.token_bound import TokenBound
 
 Prompt = str | list[int]
+
+# Where a request leaves its length open, this much of it comes before room for others.
+LEAST_OPEN_TOKENS = 1024
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -27,7 +32,8 @@ class Intake:
     """Checks prompts and parameters against a model's and an engine's limits.
 
     Args:
-        could_admit: whether the memory would do for a need of so many completions, if no other request ran.
+        could_admit: whether the memory would do for so many requests, each with a need and a number of completions, if
+            no other ran.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
@@ -36,7 +42,7 @@ class Intake:
     max_model_len: int
     max_num_seqs: int
     accounting: Accounting
-    could_admit: Callable[[Need, int], bool]
+    could_admit: Callable[[Need, int, int], bool]
     device: torch.device
 
     def need_tokenizer(self, what: str) -> PreTrainedTokenizerBase:
@@ -44,6 +50,35 @@ class Intake:
         if self.tokenizer is None:
             raise ValueError(f"this engine has no tokenizer for {what}: give token ids, or the LLM a tokenizer")
         return self.tokenizer
+
+    def check_text(self, text: str, *, history: int = 0, answer: int = 1) -> None:
+        """Refuses a text that is surely too long, before it is tokenised.
+
+        Raises:
+            RequestTooLong: not even `answer` tokens would fit behind it, and behind `history` tokens of a document.
+        """
+        room = self.max_model_len - history - answer
+        least = self._least_tokens(text, room)
+        if least > room:
+            raise context_exceeded(self.max_model_len, prompt=least, answer=answer, document=history, at_least=True)
+
+    def check_document(self, text: str) -> None:
+        """The same for a document. Raises RequestTooLong when a question and an answer would not fit."""
+        least = self._least_tokens(text, self.max_model_len)
+        if least > self.max_model_len - 2:
+            raise RequestTooLong(
+                f"the document has at least {least:,} tokens; with a question and an answer {self.max_model_len:,} fit"
+            )
+
+    def _least_tokens(self, text: str, enough: int) -> int:
+        # A token has at least a byte, so a short text need not be looked at.
+        if len(text) <= enough or self._bound is None:
+            return 0
+        return self._bound.least_tokens([text], enough)
+
+    @functools.cached_property
+    def _bound(self) -> TokenBound | None:
+        return None if self.tokenizer is None else TokenBound.of(self.tokenizer)
 
     def tokens(self, prompt: object, *, is_beginning: bool) -> list[int]:
         """Token ids of a text or of token ids. Raises ValueError for anything else, and for none."""
@@ -79,6 +114,9 @@ class Intake:
         """A request that goes on from `document`. Raises ValueError, or RequestTooLong for one that is too long."""
         if document is not None:
             check_document(document)
+        history = 0 if document is None else document.num_tokens
+        if isinstance(prompt, str):
+            self.check_text(prompt, history=history, answer=params.max_tokens or 1)
         tokens = self.tokens(prompt, is_beginning=document is None)
         if params.n > self.max_num_seqs:
             raise ValueError(f"n must be at most max_num_seqs = {self.max_num_seqs}, got {params.n}")
@@ -86,18 +124,13 @@ class Intake:
             if token >= self.vocab_size:
                 raise ValueError(f"stop_token_ids must be below {self.vocab_size}, the model's tokens, got {token}")
         start = None if document is None else document.state.start
-        history = 0 if document is None else document.num_tokens
         room = self.max_model_len - history - len(tokens)
         filled = self._fill(params, len(tokens), start, room)
         assert filled.max_tokens is not None
         if filled.stops:
             self.need_tokenizer("stop texts")
         if filled.max_tokens > room:
-            before = f"the document's {history:,} tokens, " if document is not None else ""
-            raise RequestTooLong(
-                f"{before}the prompt's {len(tokens):,} and max_tokens = {filled.max_tokens:,} make "
-                f"{history + len(tokens) + filled.max_tokens:,}, but {self.max_model_len:,} fit"
-            )
+            raise context_exceeded(self.max_model_len, prompt=len(tokens), answer=filled.max_tokens, document=history)
         return Request(
             num_prompt=len(tokens),
             num_slots=filled.n,
@@ -116,19 +149,37 @@ class Intake:
         return self.accounting.need(num_prompt, params.max_tokens - 1, start=start, num_completions=params.n)
 
     def _fill(self, params: SamplingParams, num_prompt: int, start: Start | None, room: int) -> SamplingParams:
-        """Parameters with the model's defaults; where they leave the length open, no longer than memory allows."""
+        """Parameters with the model's defaults.
+
+        A length that they leave open becomes what fits into the context, as far as memory allows as many such requests
+        as can run at once: one alone would otherwise reserve memory, which it hardly ever uses, that others wait for.
+        """
         filled = self.defaults.fill(params, room)
-        if params.max_tokens is not None or self.could_admit(self._need(filled, num_prompt, start), filled.n):
+        if params.max_tokens is not None:
             return filled
         assert filled.max_tokens is not None
-        fits, exceeds = 1, filled.max_tokens
-        while exceeds - fits > 1:
-            middle = (fits + exceeds) // 2
-            if self.could_admit(self._need(self.defaults.fill(params, middle), num_prompt, start), params.n):
-                fits = middle
-            else:
-                exceeds = middle
-        return self.defaults.fill(params, fits)
+        most = filled.max_tokens
+
+        def fits(num_tokens: int, num_requests: int) -> bool:
+            need = self._need(self.defaults.fill(params, num_tokens), num_prompt, start)
+            return self.could_admit(need, filled.n, num_requests)
+
+        num_tokens = _largest(most, lambda count: fits(count, max(1, self.max_num_seqs // filled.n)))
+        least = min(most, LEAST_OPEN_TOKENS)
+        if num_tokens < least:
+            num_tokens = _largest(least, lambda count: fits(count, 1))
+        return self.defaults.fill(params, num_tokens)
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `most` that fits; 1 where none does."""
+    if fits(most):
+        return most
+    low, high = 1, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def as_prompts(prompts: Prompt | Sequence_[Prompt]) -> list[Prompt]:

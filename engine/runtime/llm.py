@@ -196,7 +196,13 @@ class LLM:
 
     def chat_prompt(self, messages: list[dict[str, Any]], *, document: Document | None = None) -> list[int]:
         """Token ids of messages in the model's chat format, for `generate` or `stream` with the same `document`."""
-        return encode_chat(self._intake.need_tokenizer("messages"), messages, after_document=document is not None)
+        history = 0 if document is None else document.num_tokens
+        return encode_chat(
+            self._intake.need_tokenizer("messages"),
+            messages,
+            after_document=document is not None,
+            check=functools.partial(self._intake.check_text, history=history),
+        )
 
     def add_document(
         self,
@@ -215,8 +221,15 @@ class LLM:
         Raises:
             ValueError: it is empty. RequestTooLong, QueueFull, EngineClosed.
         """
-        tokens = encode_document(self._intake.need_tokenizer("texts"), text) if isinstance(text, str) else text
+        tokens: object = text
+        if isinstance(text, str):
+            tokenizer = self._intake.need_tokenizer("texts")
+            tokens = encode_document(tokenizer, text, check=self._intake.check_document)
         return self._library.read(self._intake.checked_tokens(tokens), name, on_progress)
+
+    def check_document(self, text: str) -> None:
+        """Raises RequestTooLong, in a moment, for a text that is surely too long for `add_document`."""
+        self._intake.check_document(text)
 
     def load_document(self, path: str | Path) -> Document:
         """A document that `Document.save` wrote, with its id and name.

@@ -111,9 +111,9 @@ class Scheduler:
         jobs = [*self.reading, *self.decoding, *more]
         return Room.of((job.num_slots, job.need.room) for job in jobs)
 
-    def need_alone(self, need: Need, num_slots: int) -> Bytes:
-        """What a job of this need takes when there is no other."""
-        return need.prefill + self.batch.bytes(Room.of([(num_slots, need.room)]))
+    def need_together(self, need: Need, num_slots: int, num_jobs: int = 1) -> Bytes:
+        """What so many jobs of a kind need when there are no others, all of them reading their prompts."""
+        return need.prefill * num_jobs + self.batch.bytes(Room.of([(num_slots * num_jobs, need.room)]))
 
     def _admit(self, job: Job) -> None:
         room = self._room_with(job)

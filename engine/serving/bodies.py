@@ -131,7 +131,7 @@ class Generation(Body):
         """How many of the most likely tokens to tell; None for no log probabilities."""
         raise NotImplementedError
 
-    def sampling_params(self, max_tokens: int) -> SamplingParams:
+    def sampling_params(self, max_tokens: int | None) -> SamplingParams:
         """The engine's parameters, with `max_tokens` where the request has none.
 
         Raises:

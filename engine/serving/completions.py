@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from longshadow.engine.serving.answers import Answer, ChatAnswer, CompletionAnswer, Item
-from longshadow.engine.serving.bodies import MOST_TOKENS, ChatCompletionBody, CompletionBody, Generation
+from longshadow.engine.serving.bodies import ChatCompletionBody, CompletionBody, Generation
 from longshadow.engine.serving.connection import EventStream, cancelled, while_connected
 from longshadow.engine.serving.errors import as_api_error, too_slow
 from longshadow.engine.serving.generation import Prompt, last_outputs, newest_outputs
@@ -62,7 +62,7 @@ class _Asked:
 
     Args:
         prompts: makes its prompts, once the document that it names has been read.
-        max_tokens: of each completion; None: what is left.
+        max_tokens: of each completion; None: the server's default, or what is left.
     """
 
     def __init__(
@@ -75,13 +75,12 @@ class _Asked:
     ) -> None:
         service.check_model(body.model)
         try:
-            self._params = body.sampling_params(max_tokens or MOST_TOKENS)
+            self._params = body.sampling_params(max_tokens)
         except ValueError as error:
             raise as_api_error(error) from error
         self._service = service
         self._body = body
         self._prompts = prompts
-        self._max_tokens = max_tokens
         self._answer = kind(model=body.model, num_choices=self._params.n)
         self._deadline = asyncio.get_running_loop().time() + service.settings.request_seconds
 
@@ -113,8 +112,11 @@ class _Asked:
             async with asyncio.timeout_at(self._deadline):
                 document, prompts = await self._beginning(on_waiting)
             params = self._params
-            if self._max_tokens is None:
-                params = dataclasses.replace(params, max_tokens=self._room(len(prompts[0]), document))
+            most = self._service.settings.default_max_tokens
+            if params.max_tokens is None and most is not None:
+                # At least 1: a prompt that leaves no room is refused by the engine, which says by how much.
+                room = max(1, self._service.llm.max_model_len - self._answer.num_document_tokens - len(prompts[0]))
+                params = dataclasses.replace(params, max_tokens=min(most, room))
         except TimeoutError as error:
             raise too_slow(self._service.settings.request_seconds) from error
         except Exception as error:
@@ -130,12 +132,6 @@ class _Asked:
             document = await self._service.documents.when_ready(self._body.document, on_waiting)
             self._answer.num_document_tokens = document.num_tokens
         return document, await self._prompts(document)
-
-    def _room(self, num_prompt_tokens: int, document: "Document | None") -> int:
-        """Tokens that a chat's answer gets where the request does not say."""
-        used = num_prompt_tokens + (document.num_tokens if document else 0)
-        # At least 1: a prompt that leaves no room is refused by the engine, which says by how much.
-        return max(1, min(self._service.settings.default_max_tokens, self._service.llm.max_model_len - used))
 
 
 async def _either(first: "asyncio.Future[Item]", waiting: asyncio.Event) -> None:

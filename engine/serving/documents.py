@@ -114,8 +114,12 @@ class DocumentStore:
         """Takes a text in, to be read in the background. Where documents are saved, the text is on the disk on return.
 
         Raises:
-            ApiError: too many wait already, or it cannot be written.
+            ApiError: it is surely too long, too many wait already, or it cannot be written.
         """
+        try:
+            self._llm.check_document(text)
+        except ValueError as error:
+            raise as_api_error(error) from error
         identity = f"doc-{secrets.token_hex(12)}"
         pending = PendingText(id=identity, name=name, created=int(time.time()), text=text)
         with self._lock:

@@ -23,7 +23,8 @@ class ServingSettings:
         comment_seconds: a stream on which nothing comes for so long gets a comment, so that no proxy cuts it, above 0.
         request_seconds: a request, queueing included, that takes longer is ended (503), above 0.
         grace_seconds: what open requests get to finish when the server stops, at least 0; then they are failed.
-        default_max_tokens: tokens of a chat answer at most, where the request does not say, at least 1.
+        default_max_tokens: tokens of a chat answer at most, where the request does not say, at least 1; None: as many
+            as fit into the context (and the memory, if as many chats as run at once get as much).
         max_waiting_documents: documents that may wait to be read (429 beyond), at least 1.
         documents_dir: folder where documents are saved, and loaded from at the start; None: they are not saved.
     """
@@ -38,7 +39,7 @@ class ServingSettings:
     comment_seconds: float = 10.0
     request_seconds: float = 600.0
     grace_seconds: float = 30.0
-    default_max_tokens: int = 1024
+    default_max_tokens: int | None = None
     max_waiting_documents: int = 16
     documents_dir: Path | None = None
 
@@ -58,7 +59,7 @@ class ServingSettings:
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.grace_seconds < float("inf"):
             raise ValueError(f"grace_seconds must be at least 0 and finite, got {self.grace_seconds}")
-        if self.default_max_tokens < 1:
+        if self.default_max_tokens is not None and self.default_max_tokens < 1:
             raise ValueError(f"default_max_tokens must be at least 1, got {self.default_max_tokens}")
         if self.max_waiting_documents < 1:
             raise ValueError(f"max_waiting_documents must be at least 1, got {self.max_waiting_documents}")

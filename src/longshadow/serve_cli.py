@@ -48,6 +48,9 @@ def serve(
     max_model_len: Annotated[
         int | None, typer.Option(help="Tokens of document, prompt and answer together. Default: the model's.")
     ] = None,
+    default_max_tokens: Annotated[
+        int | None, typer.Option(help="Of a chat answer whose request does not say. Default: the rest of the context.")
+    ] = None,
     max_num_waiting: Annotated[int, typer.Option(help="Requests that may wait; further ones get status 429.")] = 256,
     device_memory: Annotated[
         str, typer.Option(help=f"For caches on the device: a size ({UNITS_HELP}), or a share of what is free.")
@@ -87,6 +90,7 @@ def serve(
             api_key=api_key or None,
             max_body_bytes=max_body_mb * MEBIBYTE,
             max_connections=max_connections,
+            default_max_tokens=default_max_tokens,
             request_seconds=request_seconds,
             grace_seconds=grace_seconds,
             documents_dir=documents_dir,

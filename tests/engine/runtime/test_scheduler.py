@@ -68,7 +68,7 @@ class Scheduling(RuleBasedStateMachine):
     )
     def submit(self, num_prompt: int, num_slots: int, shared: int, own: int, extra: int, place: int) -> None:
         job = make_job(num_prompt, num_slots, shared, own, extra, place)
-        if not self.scheduler.budget.could_fit(self.scheduler.need_alone(job.need, job.num_slots), beside=Bytes()):
+        if not self.scheduler.budget.could_fit(self.scheduler.need_together(job.need, job.num_slots), beside=Bytes()):
             return
         if len(self.scheduler.waiting) == WAITING:
             with pytest.raises(QueueFull):

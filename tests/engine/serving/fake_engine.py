@@ -12,6 +12,7 @@ from longshadow.engine.runtime import (
     EngineStatistics,
     RequestMetrics,
     RequestOutput,
+    RequestTooLong,
     SamplingParams,
 )
 from longshadow.engine.shadowkv import MemoryReport
@@ -61,6 +62,7 @@ class FakeEngine:
         if self.failure is not None and not self.failure_after:
             raise self.failure
         params = sampling_params or SamplingParams()
+        max_tokens = params.max_tokens or self.max_model_len - len(prompt)
         arrival = time.monotonic()
         self.num_open += 1
         self.num_started += 1
@@ -71,7 +73,7 @@ class FakeEngine:
             for step in itertools.count(1):
                 if self.failure is not None and step > self.failure_after:
                     raise self.failure
-                is_last = step >= params.max_tokens
+                is_last = step >= max_tokens
                 yield output(prompt, [self.word.format(index) for index in range(step)], params.n, arrival, is_last)
                 if is_last:
                     self.num_finished += 1
@@ -97,6 +99,10 @@ class FakeEngine:
             raise self.document_failure
         self.documents.append(FakeDocument(name, len(text)))
         return self.documents[-1]
+
+    def check_document(self, text):
+        if len(text) > 1_000_000:
+            raise RequestTooLong("the document has at least 1,000,000 tokens")
 
     def load_document(self, path):
         name, num_tokens = path.read_text().split("\n")

@@ -187,8 +187,8 @@ def test_unknown_paths_and_methods(client):
 
 
 def test_the_answers_length_follows_from_the_room(client):
-    ended = chat(client, max_tokens=None).json()["usage"]
-    assert ended["completion_tokens"] == 1024
+    ended = chat(client, max_tokens=None, messages=[{"role": "user", "content": "x" * 3000}]).json()["usage"]
+    assert ended["completion_tokens"] == 1096
     ended = chat(client, max_tokens=None, messages=[{"role": "user", "content": "x" * 4090}]).json()["usage"]
     assert ended["completion_tokens"] == 6
     assert complete(client, max_tokens=None).json()["usage"]["completion_tokens"] == 16
@@ -202,3 +202,11 @@ def test_a_conversation_as_the_openai_client_replays_it(client):
         {"role": "user", "content": "go on"},
     ]
     assert chat(client, messages=messages).json()["usage"]["prompt_tokens"] == len("be\nbriefhi0go on")
+
+
+def test_the_answers_length_can_be_chosen():
+    with serving(FakeEngine(), default_max_tokens=7) as server, server.client() as client:
+        assert chat(client, max_tokens=None).json()["usage"]["completion_tokens"] == 7
+        assert chat(client, max_tokens=9).json()["usage"]["completion_tokens"] == 9
+        long = [{"role": "user", "content": "x" * 4092}]
+        assert chat(client, max_tokens=None, messages=long).json()["usage"]["completion_tokens"] == 4

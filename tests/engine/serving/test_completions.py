@@ -202,3 +202,36 @@ def test_asynchronous_client(server, llm):
 def test_nothing_is_left_open(llm):
     statistics = llm.statistics()
     assert statistics.num_running == statistics.num_waiting == statistics.num_documents == 0
+
+
+def test_the_words_for_too_long_are_openais(client, llm):
+    most = llm.max_model_len
+    count = len(llm.chat_prompt(MESSAGES))
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=most)
+    assert caught.value.code == "context_length_exceeded" and caught.value.type == "invalid_request_error"
+    assert caught.value.body["message"] == (
+        f"This model's maximum context length is {most} tokens. However, you requested {count + most} tokens ({count} "
+        f"in the prompt, {most} in the completion). Please reduce the length of the prompt or completion (max_tokens)."
+    )
+
+
+def test_what_is_surely_too_long_is_not_tokenised(client, llm, monkeypatch):
+    def never(self, *arguments, **options):
+        raise AssertionError("it was tokenised")
+
+    text = "word and word " * 200_000
+    monkeypatch.setattr(type(llm.tokenizer), "__call__", never)
+    expected = (
+        rf"^Error code: 400 .*maximum context length is {llm.max_model_len} tokens.*requested at least \d+ tokens"
+    )
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match=expected):
+            client.completions.create(model="tiny", prompt=text, stream=stream)
+        with pytest.raises(openai.BadRequestError, match=expected):
+            client.completions.create(model="tiny", prompt=["x" * 20_000, text], stream=stream)
+        with pytest.raises(openai.BadRequestError, match=expected):
+            client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": text}], stream=stream)
+    with pytest.raises(openai.BadRequestError, match=r"the document has at least [\d,]+ tokens"):
+        client.post("/documents", body={"text": text}, cast_to=object)
+    assert client.get("/documents", cast_to=object)["data"] == []
