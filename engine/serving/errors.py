@@ -10,6 +10,7 @@ from starlette.responses import Response
 from longshadow.engine.runtime.errors import EngineClosed, EngineDead, QueueFull, RequestFailed, RequestTooLong
 
 RETRY_SECONDS = 1
+TOO_LONG = "context_length_exceeded"
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,8 @@ def as_api_error(error: Exception) -> ApiError:
         case ApiError():
             return error
         case RequestTooLong():
-            return ApiError(400, str(error), code="context_length_exceeded")
+            # langchain looks for the code in the error's text, where openai 3 no longer puts it.
+            return ApiError(400, f"{error} [{TOO_LONG}]", code=TOO_LONG)
         case ValueError():
             return ApiError(400, str(error), param=_parameter_of(str(error)))
         case QueueFull():

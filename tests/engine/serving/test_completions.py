@@ -212,8 +212,10 @@ def test_the_words_for_too_long_are_openais(client, llm):
     assert caught.value.code == "context_length_exceeded" and caught.value.type == "invalid_request_error"
     assert caught.value.body["message"] == (
         f"This model's maximum context length is {most} tokens. However, you requested {count + most} tokens ({count} "
-        f"in the prompt, {most} in the completion). Please reduce the length of the prompt or completion (max_tokens)."
+        f"in the prompt, {most} in the completion). Please reduce the length of the prompt or completion (max_tokens). "
+        "[context_length_exceeded]"
     )
+    assert "context_length_exceeded" in str(caught.value), "langchain looks there"
 
 
 def test_what_is_surely_too_long_is_not_tokenised(client, llm, monkeypatch):
