@@ -6,20 +6,26 @@ turns the first keys into the second is the layer's own.
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, get_layer_types_and_kwargs
 
 from longshadow.engine.shadowkv.rope import RotaryLayout, Rotation, rotate
+from longshadow.engine.switching.attention import lend_attention, offer_attention
+from longshadow.engine.switching.text_model import text_model
 
 FULL_ATTENTION = "full_attention"
 STOCK_LAYER_TYPES = ("sliding_attention",)
 PROBE_POSITIONS = (0, 1, 5, 11, 30)
+# The attention function that modules are lent to see what they hand it, and what it may get beside keys and a mask.
+TRIAL = "longshadow_trial"
+KNOWN = ("scaling", "dropout", "softcap", "s_aux", "sliding_window", "position_ids", "is_causal")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -43,7 +49,9 @@ class RotaryAngles:
     """The model's own rotary module as a function of positions; it knows dynamic and scaled RoPE."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        modules = [module for name, module in model.named_modules() if name.split(".")[-1] == "rotary_emb"]
+        text = text_model(model)  # a vision tower may have a module of the same name
+        inside = (model if text is None else text.module).named_modules()
+        modules = [module for name, module in inside if name.split(".")[-1] == "rotary_emb"]
         self._module: nn.Module | None = modules[0] if modules else None
         self._by_type = self._module is not None and "layer_type" in inspect.signature(self._module.forward).parameters
         self.dtype = model.dtype
@@ -108,6 +116,8 @@ def check_configuration(model_config: PreTrainedConfig, name: str) -> None:
         _refuse(name, "it is an encoder-decoder")
     if getattr(config, "kv_lora_rank", None):
         _refuse(name, "it caches latent vectors (multi-head latent attention), not keys")
+    if getattr(config, "cross_attention_layers", None):
+        _refuse(name, "some of its layers attend to images, whose keys are cached apart")
     if getattr(config, "num_kv_shared_layers", None):
         _refuse(name, "some of its layers share keys and values")
     if getattr(config, "is_heterogeneous", False):
@@ -135,14 +145,37 @@ def _attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     }
 
 
-class _KeysReached(Exception):
-    def __init__(self, keys: torch.Tensor) -> None:
-        self.keys = keys
+class _AttentionReached(Exception):
+    """What a module hands to its attention function."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, mask: Any, others: dict[str, Any]) -> None:
+        self.keys, self.values, self.mask, self.others = keys, values, mask, others
+
+
+def _reach(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **others: Any,
+) -> NoReturn:
+    raise _AttentionReached(key, value, attention_mask, others)
+
+
+AttentionInterface.register(TRIAL, _reach)
+
+
+def _lend_trial(module: nn.Module, forward: Callable[..., Any], /, **kwargs: Any) -> Any:
+    return lend_attention(TRIAL, forward, **kwargs)
 
 
 class _KeyProbe(DynamicCache):
-    def update(self, key_states: torch.Tensor, *_: Any, **__: Any) -> NoReturn:
-        raise _KeysReached(key_states)
+    """Hands keys and values back as they came."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
 
 
 def _keys_of(
@@ -151,32 +184,53 @@ def _keys_of(
     angles: tuple[torch.Tensor, torch.Tensor] | None,
     position_ids: torch.Tensor,
 ) -> torch.Tensor:
+    """The keys that a module gives its cache, after a look at what it then gives its attention function."""
+    cache = _KeyProbe()
     # What models hand their layers; `shared_kv_states` is what layers that share keys put into it.
     given: dict[str, Any] = dict(
         hidden_states=hidden,
         position_embeddings=angles,
         position_ids=position_ids,
         attention_mask=None,
-        past_key_values=_KeyProbe(),
+        past_key_values=cache,
         shared_kv_states={},
     )
     parameters = inspect.signature(module.forward).parameters.values()
     needed = [each for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
     unknown = [each.name for each in needed if each.name not in given]
     if unknown:
-        raise ValueError(f"ShadowKV does not support {type(module).__name__}: it takes {', '.join(unknown)}")
+        _refuse(type(module).__name__, f"it takes {', '.join(unknown)}")
     names = {each.name for each in parameters}
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        names.add("position_ids")
+    undo = offer_attention(module, _lend_trial)
     try:
         with torch.no_grad():
             module(**{name: value for name, value in given.items() if name in names})
-    except _KeysReached as reached:
-        return reached.keys
+    except _AttentionReached as reached:
+        _check_attention(type(module).__name__, reached, cache)
+        return cache.keys
     # A module is its family's program, and may fail outside of its model in ways of its own.
     except Exception as error:
         raise ValueError(
             f"ShadowKV does not support {type(module).__name__}: it cannot be tried by itself ({error})"
         ) from error
-    raise ValueError(f"ShadowKV does not support {type(module).__name__}: it does not hand its keys to the cache")
+    finally:
+        undo()
+    _refuse(type(module).__name__, "its attention does not go through transformers' attention interface")
+
+
+def _check_attention(name: str, reached: _AttentionReached, cache: Any) -> None:
+    """Raises ValueError where longshadow's attention would not compute what the module's own does."""
+    if reached.keys is not cache.keys:
+        _refuse(name, "it copies its keys between cache and attention, so the history would be lost")
+    if reached.values is not cache.values:
+        _refuse(name, "it changes its values between cache and attention")
+    if reached.mask is not None:
+        _refuse(name, "it makes an attention mask of its own")
+    unknown = sorted(key for key, value in reached.others.items() if key not in KNOWN and value is not None)
+    if unknown:
+        _refuse(name, f"its attention takes {', '.join(unknown)}")
 
 
 def _probe(
