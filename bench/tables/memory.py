@@ -23,7 +23,7 @@ FULL, BF16, INT8 = "full cache, bf16", "ShadowKV, bf16", "ShadowKV, int8 factors
 # What does not grow with the context: the budget's resident slots, outlier and sink chunks, recent tokens, basis.
 FIXED_PARTS = ("resident", "exact chunks", "tail", "basis", "query energy")
 # One rotation serves all layers of a sequence, one scratch memory all layers of a batch.
-SHARED_PARTS = ("rotation", "decode step")
+SHARED_PARTS = ("rotation", "decode step", "token ids")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def storage_bytes(cache: ShadowKVCache) -> int:
     """Bytes of the tensor storages that the cache's objects hold, found by walking them."""
     storages: dict[int, int] = {}
     seen: set[int] = set()
-    waiting: list[Any] = [cache._state.positions, *cache.layers]
+    waiting: list[Any] = [cache._state.positions, cache.tokens, *cache.layers]
     while waiting:
         thing = waiting.pop()
         if id(thing) in seen or isinstance(thing, (torch.nn.Module, type)):

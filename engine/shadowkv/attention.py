@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from longshadow.engine.shadowkv.exact import AttentionParameters, attend_causal
-from longshadow.engine.shadowkv.masks import row_mask
+from longshadow.engine.shadowkv.masks import check_columns, row_mask
 from longshadow.engine.switching.attention import lend_attention, offer_attention, outside_graphs
 from longshadow.engine.switching.interception import intercept
 from longshadow.engine.switching.text_model import text_model
@@ -63,11 +63,13 @@ class _Forward(threading.local):
     Attributes:
         mask: [B, tokens] of real tokens; None: all.
         position_ids: [3, B, T], of each kind of token by itself (M-RoPE); None: those that layers get.
+        given_position_ids: [B, T], for models that do not hand them on to their layers; None: not given.
         hand_off: of the attention module that is running.
     """
 
     mask: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
+    given_position_ids: torch.Tensor | None = None
     hand_off: _HandOff | None = None
 
 
@@ -124,6 +126,8 @@ def attention_forward(
     )
     if _forward.position_ids is not None:
         position_ids = _forward.position_ids
+    elif position_ids is None:
+        position_ids = _forward.given_position_ids
     mask = _forward.mask
     with torch.no_grad():
         if layer is not None:
@@ -232,12 +236,14 @@ def _run_text_model(model: Any, forward: Callable[..., Any], /, **kwargs: Any) -
         first = kwargs["past_key_values"].get_seq_length()
         positions = torch.arange(first, first + new.shape[1], device=new.device).expand(3, new.shape[0], -1)
         kwargs["position_ids"] = positions
-    before = _forward.mask, _forward.position_ids
+    check_columns(kwargs.get("attention_mask"), len(new), kwargs["past_key_values"].get_seq_length(), new.shape[1])
+    before = _forward.mask, _forward.position_ids, _forward.given_position_ids
     _forward.mask = row_mask(kwargs.get("attention_mask"), new.shape[1], type(model).__name__)
     _forward.position_ids = positions[-3:] if positions is not None and positions.dim() == 3 else None
+    _forward.given_position_ids = positions if positions is not None and positions.dim() == 2 else None
     # A mask of four dimensions is handed on as it is, so none of T x T is ever made.
     kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=new.device)
     try:
         return forward(**kwargs)
     finally:
-        _forward.mask, _forward.position_ids = before
+        _forward.mask, _forward.position_ids, _forward.given_position_ids = before

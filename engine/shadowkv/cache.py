@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from longshadow.engine.shadowkv.attention import AttendingCache, activate
+from longshadow.engine.shadowkv.arrival import WatchedCache, watch
+from longshadow.engine.shadowkv.attention import activate
 from longshadow.engine.shadowkv.choice import choose_operators, decode_batch
 from longshadow.engine.shadowkv.config import ShadowKVConfig
 from longshadow.engine.shadowkv.families import AttentionLayer, RotaryAngles, describe_attention
@@ -23,6 +24,13 @@ from longshadow.engine.shadowkv.rope import Rotation
 from longshadow.engine.shadowkv.state import CacheState
 from longshadow.engine.shadowkv.token_log import TokenLog
 from longshadow.engine.switching.text_model import unwrapped
+
+# PEFT's kinds of adapters that begin every text with keys and values of their own, in a cache of their own.
+OWN_CACHE_ADAPTERS = ("PREFIX_TUNING", "CARTRIDGE")
+OWN_CACHE = (
+    "ShadowKV does not support PEFT's prefix tuning: it puts a cache of its own in place of the one it is given; "
+    "prompt tuning and p-tuning work"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +54,16 @@ class Statistics:
     num_tokens: int
 
 
-class ShadowKVCache(AttendingCache):
+class ShadowKVCache(WatchedCache):
     """ShadowKV (arXiv 2410.21465) for `model.generate(..., past_key_values=cache)`.
 
     Made by `for_model`. Prompts are attended exactly; decoding attends to sink, outlier and selected chunks
     and to recent tokens. While a cache is open, calls of the model that carry it run longshadow's attention; all other
-    calls are the model's own.
+    calls are the model's own. A call that is given the cache and does not use it raises RuntimeError.
+
+    A text that goes on must begin with what is cached: `generate` compares the ids it gets with those that came before
+    and raises ValueError where they differ. Forwards get new tokens only, and cannot; `token_ids` lets a caller
+    compare. LongRoPE beyond its original length reads the whole text again, as with the stock cache.
 
     Example:
         with ShadowKVCache.for_model(model, ShadowKVConfig(budget_tokens=512)) as cache:
@@ -60,6 +72,7 @@ class ShadowKVCache(AttendingCache):
     """
 
     def __init__(self, model: PreTrainedModel, config: ShadowKVConfig) -> None:
+        _check_arguments(model, config)
         model = unwrapped(model)
         generation = getattr(model, "generation_config", None)
         if config.prefill_chunk_size is None and generation is not None:
@@ -86,7 +99,7 @@ class ShadowKVCache(AttendingCache):
             ]
         )
         self._model = model
-        self._tokens = TokenLog()
+        self.tokens, self.num_arrivals = TokenLog(), 0
         self._release: weakref.finalize[..., ShadowKVCache] | None = None
         self._open()
 
@@ -127,7 +140,8 @@ class ShadowKVCache(AttendingCache):
 
     def _open(self) -> None:
         if self._release is None:
-            self._release = weakref.finalize(self, activate(self._model))
+            undo = activate(self._model), watch(self._model)
+            self._release = weakref.finalize(self, lambda: [each() for each in undo])
 
     def close(self) -> None:
         """Leaves: after its last cache the model is as it was before the first. Repeatable."""
@@ -150,6 +164,7 @@ class ShadowKVCache(AttendingCache):
         """Announces new tokens to a layer. Raises RuntimeError for a cache that is closed."""
         if self._release is None:
             raise RuntimeError("this ShadowKVCache is closed: use the cache inside `with cache:`")
+        self.num_arrivals += 1
         updated: tuple[torch.Tensor, torch.Tensor] = super().update(
             key_states, value_states, layer_idx, *args, **kwargs
         )
@@ -163,7 +178,7 @@ class ShadowKVCache(AttendingCache):
         """
         copied = type(self).__new__(type(self))
         copied._model, copied._release = self._model, None
-        copied.config, copied._tokens = self.config, self._tokens.copy()
+        copied.config, copied.tokens, copied.num_arrivals = self.config, self.tokens.copy(), self.num_arrivals
         batch = None if self._state.batch is None else decode_batch(self._model, self.config, self._state.operators)
         copied._state = self._state.copy(PeakMemory(copied._current_memory), batch)
         layers: list[Any] = [
@@ -202,7 +217,7 @@ class ShadowKVCache(AttendingCache):
                 stock: Any = layer
                 stock.crop(tokens_to_remove)
         self._state.drop_last(num_columns)
-        self._tokens.drop_last(num_columns)
+        self.tokens.drop_last(num_columns)
 
     @property
     def token_ids(self) -> torch.Tensor | None:
@@ -210,7 +225,34 @@ class ShadowKVCache(AttendingCache):
 
         A text that was edited since differs from them.
         """
-        return self._tokens.ids(self.get_seq_length())
+        return self.tokens.ids(self.get_seq_length())
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the tokens of the running call were counted before it."""
+        return self._state.is_ahead
+
+    def check_text(self, ids: torch.Tensor) -> None:
+        """Raises ValueError where a text's ids [B, tokens] do not begin with what is cached, or end there."""
+        known = self.token_ids
+        if known is None or len(known) != len(ids):
+            return
+        common = min(known.shape[1], ids.shape[1])
+        differs = known[:, :common] != ids[:, :common].to(known.device)
+        mask = self._state.positions.mask_with(0)
+        if mask is not None:
+            differs &= mask[:, :common].to(known.device)
+        if bool(differs.any()):
+            sequence, token = differs.nonzero()[0].tolist()
+            raise ValueError(
+                f"the text differs from what is cached at token {token} of sequence {sequence}: begin again with "
+                "cache.reset(), or go on from a copy that was made before"
+            )
+        if ids.shape[1] <= known.shape[1]:
+            raise ValueError(
+                f"the text has {ids.shape[1]} tokens, and {known.shape[1]} are cached: take the rest back with "
+                f"cache.crop({ids.shape[1] - 1 - known.shape[1]}), or begin again with cache.reset()"
+            )
 
     def memory(self, *, peak: bool = False) -> MemoryReport:
         """Bytes by part and place, now or (`peak`) at the largest total so far.
@@ -225,7 +267,7 @@ class ShadowKVCache(AttendingCache):
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for tensor in self._state.positions.tensors():
             yield "rotation", tensor
-        yield from (("token ids", tensor) for tensor in self._tokens.tensors)
+        yield from (("token ids", tensor) for tensor in self.tokens.tensors)
         for layer in self.layers:
             if not isinstance(layer, ShadowKVLayer):
                 stock: Any = layer
@@ -262,7 +304,7 @@ class ShadowKVCache(AttendingCache):
         """Forgets all tokens and statistics."""
         super().reset()  # type: ignore[no-untyped-call]
         self._state.reset()
-        self._tokens = TokenLog()
+        self.tokens = TokenLog()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Beam search: sequences are copied by reference, only their recent tokens in full."""
@@ -279,7 +321,7 @@ class ShadowKVCache(AttendingCache):
     def _select(self, indices: torch.Tensor) -> None:
         sequences = indices.tolist()
         self._state.positions.select(sequences)
-        self._tokens.select(indices)
+        self.tokens.select(indices)
         if self._state.batch is not None:
             self._state.batch.rearrange(sequences)
         for layer in self.layers:
@@ -290,9 +332,25 @@ class ShadowKVCache(AttendingCache):
                 stock.reorder_cache(indices)
 
     @property
+    def max_cache_len(self) -> int:
+        """Refuses: PEFT asks for it before it puts a cache of its own, with its prefix, in place of this one."""
+        raise ValueError(OWN_CACHE)
+
+    @property
     def batch_size(self) -> int:
         """Sequences held."""
         return next(len(layer.sequences) for layer in self.layers if isinstance(layer, ShadowKVLayer))
+
+
+def _check_arguments(model: Any, config: Any) -> None:
+    """Raises ValueError for what is no model or configuration, and for PEFT adapters that have a cache of their own."""
+    if not isinstance(unwrapped(model), PreTrainedModel):
+        raise ValueError(f"a ShadowKVCache needs a model of transformers, got {type(model).__name__}")
+    if not isinstance(config, ShadowKVConfig):
+        raise ValueError(f"config must be a ShadowKVConfig, got {type(config).__name__}")
+    adapter = getattr(model, "active_peft_config", None)
+    if getattr(adapter, "peft_type", None) in OWN_CACHE_ADAPTERS:
+        raise ValueError(OWN_CACHE)
 
 
 def _copy_stock(layer: Any) -> Any:

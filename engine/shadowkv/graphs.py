@@ -137,6 +137,7 @@ class DecodeGraphs:
         if not self._runs_ahead or not state.begin_ahead(position_ids):
             return self._forward(input_ids, position_ids, attention_mask)
         assert state.batch is not None
+        self._cache.tokens.append(input_ids)
         try:
             return self._graphed.run(input_ids, position_ids, state.batch.signature)
         finally:

@@ -132,7 +132,8 @@ class ShadowKVLayer(AttendingLayer):
         self._num_seen += num_new
         if self._attention.layout is not None and self._state.config.key_store == "low_rank":
             if position_ids is None:
-                raise RuntimeError(f"{type(self._attention.module).__name__} does not pass position_ids on")
+                name = type(self._attention.module).__name__
+                raise RuntimeError(f"{name} gets no position_ids: give them to the model, which hands none on itself")
             positions.log_rotation(self._attention.layer_type, position_ids)
         return rows
 

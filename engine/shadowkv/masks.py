@@ -33,6 +33,17 @@ def row_mask(mask: Any, num_new: int, name: str) -> torch.Tensor | None:
     return None if bool(mask.all()) else mask
 
 
+def check_columns(mask: Any, batch_size: int, num_cached: int, num_new: int) -> None:
+    """Raises ValueError for a mask [B, n] that is not about the cached tokens and the new ones."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return
+    if mask.shape[0] not in (1, batch_size) or mask.shape[1] != num_cached + num_new:
+        raise ValueError(
+            f"the attention mask is {list(mask.shape)}, but there are {batch_size} sequences of {num_cached} cached "
+            f"and {num_new} new tokens: pass the mask of the earlier turns, unchanged, before theirs"
+        )
+
+
 def _dense(mask: Any) -> torch.Tensor:
     """A flex_attention BlockMask as [B, 1, T, n]."""
     from torch.nn.attention.flex_attention import create_mask

@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 import torch.nn.functional as F
 
+from longshadow.engine.shadowkv.masks import check_columns
 from longshadow.engine.shadowkv.rope import Rotation
 
 Rows = list[slice | torch.Tensor]
@@ -144,11 +145,7 @@ class TokenPositions:
             if self._mask is not None:
                 self._refuse_history(torch.ones_like(self._mask), self._mask)
             return None
-        if mask.shape[0] not in (1, batch_size) or mask.shape[1] != num_earlier + num_new:
-            raise ValueError(
-                f"the attention mask is {list(mask.shape)}, but there are {batch_size} sequences of {num_earlier} "
-                f"cached and {num_new} new tokens: pass the mask of the earlier turns, unchanged, before theirs"
-            )
+        check_columns(mask, batch_size, num_earlier, num_new)
         mask = mask.bool().expand(batch_size, -1)
         earlier, new = mask[:, :num_earlier], mask[:, num_earlier:]
         known = torch.ones_like(earlier) if self._mask is None else self._mask.to(mask.device)

@@ -72,8 +72,8 @@ class Interception:
         """One more time `around`; `replaced`: how attributes of the module are made over from their values."""
         self._counts[around] += 1
         for name, make in replaced.items():
-            if name not in self._replaced and name in vars(self._module):
-                self._replace(name, make(vars(self._module)[name]))
+            if name not in self._replaced and hasattr(self._module, name):
+                self._replace(name, make(getattr(self._module, name)))
         self._around = tuple(self._counts)
 
     def remove(self, around: Around) -> None:

@@ -198,7 +198,7 @@ def test_memory_is_the_sum_of_the_tensors_bytes(llama: Any, stores: dict[str, An
         held = [
             tensor
             for layer in cache.layers
-            for tensor in all_tensors([layer.sequences, vars(cache._state.positions)], set())
+            for tensor in all_tensors([layer.sequences, vars(cache._state.positions), vars(cache.tokens)], set())
         ]
     distinct = {(tensor.untyped_storage().data_ptr()): tensor.untyped_storage().nbytes() for tensor in held}
     memory = cache.memory()

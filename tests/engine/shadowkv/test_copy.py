@@ -167,3 +167,22 @@ def test_assisted_decoding_with_more_candidates_than_recent_tokens_says_so(llama
     text = tokens(4).repeat(1, 40)[:, :144]
     with ShadowKVCache.for_model(llama, config) as cache, pytest.raises(ValueError, match="cannot take back"):
         ask(llama, cache, text, 7, max_new_tokens=40, prompt_lookup_num_tokens=30)
+
+
+def test_token_ids_are_what_forwards_brought(llama: Any) -> None:
+    text = tokens(PROMPT, batch=2)
+    with ShadowKVCache.for_model(llama, EVERYTHING) as cache:
+        assert cache.token_ids is None
+        output = llama.generate(text, past_key_values=cache, max_new_tokens=5, do_sample=False)
+        assert torch.equal(cache.token_ids, output[:, :-1])
+        with cache.copy() as copied:
+            copied.crop(-2)
+            assert torch.equal(copied.token_ids, output[:, :-3])
+            copied.reorder_cache(torch.tensor([1, 1]))
+            assert torch.equal(copied.token_ids, output[[1, 1], :-3])
+        with torch.no_grad():
+            llama(inputs_embeds=llama.get_input_embeddings()(text[:, :3]), past_key_values=cache)
+        assert cache.token_ids is None
+        cache.reset()
+        llama.generate(text, past_key_values=cache, max_new_tokens=3, num_beams=3, do_sample=False)
+        assert cache.token_ids.shape == (6, PROMPT + 2)

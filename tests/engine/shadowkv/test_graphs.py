@@ -108,7 +108,6 @@ def test_steps_ahead_equal_ordinary_ones(llama: Any, operated: None) -> None:
 
 
 def test_generate_decodes_ahead_and_leaves_no_trace(llama: Any, operated: None) -> None:
-    forward = llama.forward
     mask = torch.ones(2, 130, dtype=torch.long)
     mask[1, :40] = 0
     tokens = []
@@ -117,11 +116,14 @@ def test_generate_decodes_ahead_and_leaves_no_trace(llama: Any, operated: None) 
             if not graphed:
                 tokens.append(generate(llama, prompt(130, batch=2), cache, attention_mask=mask))
                 continue
+            forward = llama.forward
             with graphed_decoding(llama, cache):
-                assert llama.forward != forward
+                assert llama.forward is not forward
                 tokens.append(generate(llama, prompt(130, batch=2), cache, attention_mask=mask))
-            assert llama.forward == forward and "forward" not in vars(llama)
+            assert llama.forward is forward
             assert cache.get_seq_length() == 141 and not cache.state.is_ahead
+            assert torch.equal(cache.token_ids, tokens[1][:, :-1])
+    assert "forward" not in vars(llama)
     assert torch.equal(*tokens)
 
 
@@ -139,6 +141,7 @@ def test_memory_is_the_sum_of_the_tensors_bytes(llama: Any, operated: None) -> N
         llama(prompt(130, batch=2), past_key_values=cache)
         decode(llama, cache, 3)
         held = [*(layer.sequences for layer in cache.layers), vars(cache.state.positions), vars(cache.state.batch)]
+        held.append(vars(cache.tokens))
         storages = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in all_tensors(held, set())
         }

@@ -99,7 +99,7 @@ def test_a_mask_of_other_sequences_is_refused(llama: Any) -> None:
             llama(ids[:, :1], attention_mask=swapped, past_key_values=cache)
 
 
-@pytest.mark.parametrize("num_columns", [1, HISTORY])
+@pytest.mark.parametrize("num_columns", [1, HISTORY, HISTORY + 2])
 def test_a_mask_of_another_length_is_refused(llama: Any, num_columns: int) -> None:
     ids, mask = history()
     with ShadowKVCache.for_model(llama, EVERYTHING) as cache, torch.no_grad():
