@@ -15,7 +15,7 @@ CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cpp csrc/*.h csrc/*.cuh tests/csrc/*
 
 export PYTHON TORCH_INDEX
 
-.PHONY: demo test test-trl-versions test-oldest test-formats test-runtimes check release-check evidence extension gpu-check set-up clean
+.PHONY: demo test test-trl-versions test-oldest test-families test-formats test-runtimes check release-check evidence extension gpu-check set-up clean
 
 demo: set-up  ## a question about a long document, with ShadowKV and with full attention
 	$(BIN)/python -m longshadow.demo
@@ -28,6 +28,9 @@ test-trl-versions: set-up  ## prefix sharing in training with older versions of 
 
 test-oldest: set-up  ## the engine with the oldest transformers that is allowed
 	.ci/test-oldest $(BIN)/python
+
+test-families: set-up  ## every causal-LM type of transformers; writes docs/families.json and README's list
+	$(BIN)/python -m tests.family_table
 
 test-formats: set-up  ## quantised formats, each with its own library; writes docs/formats.json
 	$(BIN)/python .ci/test-formats
