@@ -1,6 +1,7 @@
 """Linear layers through oneDNN against PyTorch's own."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -83,3 +84,28 @@ def test_models_run_so_within() -> None:
     with on_onednn(*models):
         assert all("forward" in vars(model[0]) for model in models)
     assert not any("forward" in vars(model[0]) for model in models)
+
+
+class Packed(torch.Tensor):
+    """A weight that knows by itself how it is multiplied with, as those of torchao do."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [arg.as_subclass(torch.Tensor) if isinstance(arg, cls) else arg for arg in args]
+        if function is torch.nn.functional.linear:
+            return torch.nn.functional.linear(plain[0], 2 * plain[1], *plain[2:])
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("part", ["weight", "bias", "input"])
+@torch.inference_mode()
+def test_subclasses_of_tensors_multiply_by_themselves(part: str) -> None:
+    layer, inputs = nn.Linear(4, 4), torch.randn(2, 4)
+    if part == "input":
+        inputs = inputs.as_subclass(Packed)
+    else:
+        setattr(layer, part, nn.Parameter(layer.get_parameter(part).detach().as_subclass(Packed), requires_grad=False))
+    expected = layer(inputs)
+    with on_onednn(nn.Sequential(layer)):
+        assert operators(lambda: layer(inputs)).count(OPERATOR) == 0
+        assert torch.equal(layer(inputs), expected)

@@ -23,7 +23,7 @@ def run_on_onednn(model: nn.Module) -> Callable[[], None]:
     changed = [
         module
         for module in model.modules()
-        if type(module) is nn.Linear and "forward" not in vars(module) and _applies(module.weight)
+        if type(module) is nn.Linear and "forward" not in vars(module) and _applies(module.weight, module.bias)
     ]
     for module in changed:
         module.forward = functools.partial(_linear, module)  # type: ignore[method-assign]
@@ -47,11 +47,16 @@ def on_onednn(*models: nn.Module) -> Iterator[None]:
 def _linear(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
     """input [..., in] -> [..., out]."""
     weight, bias = module.weight, module.bias
-    if torch.is_grad_enabled() or not (_applies(input) and _applies(weight)):
+    if torch.is_grad_enabled() or not _applies(input, weight, bias):
         return F.linear(input, weight, bias)
     out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")
     return out
 
 
-def _applies(tensor: torch.Tensor) -> bool:
-    return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+def _applies(*tensors: torch.Tensor | None) -> bool:
+    """To ordinary tensors: a subclass, such as those of torchao, says itself how it is multiplied with."""
+    return all(
+        type(tensor) in (torch.Tensor, nn.Parameter) and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+        for tensor in tensors
+        if tensor is not None
+    )
