@@ -39,9 +39,7 @@ class HiddenStates:
         if self.number < len(blocks):
             return recorded(self.model, blocks, self.number, self.tokens, self.before)
         named = [{"tokens": sample.unsqueeze(0)} for sample in self.tokens]
-        return [
-            Call(positional=(known.output,), named=more) for known, more in zip(self.before, named, strict=True)
-        ]
+        return [Call(positional=(known.output,), named=more) for known, more in zip(self.before, named, strict=True)]
 
     @property
     def samples(self) -> list[torch.Tensor]:
@@ -226,9 +224,7 @@ def _watched(block: nn.Module, on_linear: LinearHook | None) -> Iterator[None]:
         on_linear(name, module, _inputs_of(positional, named))
 
     layers = linear_layers(block) if on_linear is not None else {}
-    hooks = [
-        layer.register_forward_pre_hook(partial(watch, name), with_kwargs=True) for name, layer in layers.items()
-    ]
+    hooks = [layer.register_forward_pre_hook(partial(watch, name), with_kwargs=True) for name, layer in layers.items()]
     try:
         yield
     finally:

@@ -22,11 +22,12 @@ from longshadow.compress.matching import head_is_changed
 from longshadow.compress.options import CompensationOptions
 from longshadow.compress.pipeline import Compensation, compensate
 from longshadow.compress.planning import layer_shapes, plan_compensation
+from longshadow.compress.provenance import changed_beside_layers
 from longshadow.compress.report import report_files
 from longshadow.compress.shards import Shards
 from longshadow.compress.storage import is_plain
-from longshadow.model_sources import lasting_name
-from longshadow.models import LoadedModel, load_model
+from longshadow.model_sources import GGUF_SUFFIX, lasting_name
+from longshadow.models import LoadedModel, load_model, shared_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +52,26 @@ def run_compensation(
     """
     output = output.resolve()  # `.` has no name to put another beside
     plan = plan_compensation(original, quantized, output, options, device=device)
-    documents = read_documents(options.calibration)
-    first = load_model(original, device=device, max_memory=plan.estimate.original if plan.original_on_disk else None)
-    second = load_model(quantized, device=device)
+    tokenizer = shared_tokenizer(original, quantized)
+    splits = split_blocks(
+        tokenizer,
+        read_documents(options.calibration, column=options.calibration_column),
+        length=options.sequence_length,
+        samples=options.num_samples,
+        add_special_tokens=options.add_special_tokens,
+    )
+    limit = plan.estimate.original if plan.original_on_disk else None
+    first = load_model(original, device=device, max_memory=limit, tokenizer=tokenizer)
+    second = load_model(quantized, device=device, tokenizer=tokenizer)
     check_models(first, second)
-    splits = split_blocks(first.tokenizer, documents, length=options.sequence_length, samples=options.num_samples)
+    changed = changed_beside_layers(first.model, second.model, packed=quantized.lower().endswith(GGUF_SUFFIX))
+    if changed is not None:
+        logger.warning(
+            "%s was hardly made of %s: %s, which quantisation leaves alone. Give the revision that was quantised",
+            quantized,
+            original,
+            changed,
+        )
     splits = splits.to(second.model.device)
     head = options.lm_head and head_is_changed(first.model, second.model)
     if options.lm_head and not head:
@@ -86,7 +102,11 @@ def run_compensation(
         "method": method,
         "shrinkage": options.shrinkage,
         "selection": selection,
-        "calibration": {"text": options.calibration, "samples": len(splits.calibration)},
+        "calibration": {
+            "text": options.calibration,
+            "samples": len(splits.calibration),
+            "add_special_tokens": options.add_special_tokens,
+        },
         "sequence_length": options.sequence_length,
         "propagate": options.propagate,
         "adapter_bytes": result.num_weights * options.dtype.itemsize,
@@ -187,9 +207,11 @@ def measured(
 
 
 def _variant(model: nn.Module, result: Compensation) -> Variant:
-    like = model.get_input_embeddings().weight  # type: ignore[operator]
+    # A quantised embedding may be of a library's own kind.
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    device, dtype = embedding.device, embedding.dtype if embedding.is_floating_point() else torch.float32
     added: LowRankTerms = {
-        name: (model.get_submodule(name), pair.lora_b.to(like), pair.lora_a.to(like))
+        name: (model.get_submodule(name), pair.lora_b.to(device, dtype), pair.lora_a.to(device, dtype))
         for name, pair in result.factors.items()
     }
     return Variant(model=model, added=added)
@@ -199,5 +221,5 @@ def _counter(on_step: OnStep | None, work: str, step: str = "sample") -> Callabl
     return None if on_step is None else lambda done, total: on_step(done, total, work, step)
 
 
-def _row(quality: Quality) -> dict[str, float]:
-    return {"perplexity": quality.perplexity, "divergence": quality.mean_divergence}
+def _row(quality: Quality) -> dict[str, float | None]:
+    return {"perplexity": quality.perplexity, "loss": quality.mean_loss, "divergence": quality.mean_divergence}

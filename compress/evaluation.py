@@ -32,9 +32,17 @@ class Quality:
         return sum(self.divergence) / len(self.divergence)
 
     @property
-    def perplexity(self) -> float:
-        """exp of the mean loss."""
-        return math.exp(sum(self.loss) / len(self.loss))
+    def mean_loss(self) -> float:
+        """Over all samples."""
+        return sum(self.loss) / len(self.loss)
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp of the mean loss; None where no number holds it."""
+        try:
+            return math.exp(self.mean_loss)
+        except OverflowError:
+            return None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -18,7 +18,6 @@ from longshadow.compress.statistics import (
     input_moments_are_cheaper,
 )
 
-
 logger = logging.getLogger(__name__)
 
 

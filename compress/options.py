@@ -1,5 +1,6 @@
 """What `longshadow compensate` is told."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +23,8 @@ class CompensationOptions:
     With none, the size of rank 32 everywhere is spread over the layers. Method, shrinkage and that spread are what
     left the least divergence on text for choosing (bench/tables/eora_quality.py).
 
-    `max_memory` is in bytes, None for what is free.
+    `calibration_column` is of the rows of a calibration text; `add_special_tokens` lets samples begin as the tokenizer
+    begins a text. `max_memory` is in bytes, None for what is free.
     """
 
     rank: int | None = None
@@ -33,6 +35,8 @@ class CompensationOptions:
     shrinkage: float = SHRINKAGE
     lm_head: bool = False
     calibration: str = "builtin"
+    calibration_column: str | None = None
+    add_special_tokens: bool = True
     sequence_length: int = 512
     num_samples: int = 64
     propagate: Propagate = "sequential"
@@ -51,8 +55,8 @@ class CompensationOptions:
         if self.sequence_length < 2:
             raise ValueError(f"--sequence-length must be at least 2, got {self.sequence_length}")
         for name, amount in given.items():
-            if name != "--rank" and not amount > 0:
-                raise ValueError(f"{name} must be above 0, got {amount:g}")
+            if name != "--rank" and not 0 < amount < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {amount:g}")
         if self.uniform_rank and not self.has_budget:
             raise ValueError("--uniform-rank goes with --budget-mb or --budget-bpw: a --rank is uniform anyway")
         if not 0 <= self.shrinkage <= 1:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Literal
 
 import torch
@@ -18,7 +19,8 @@ from longshadow.compress.blocks import (
 from longshadow.compress.criterion import Criterion, Method
 from longshadow.compress.experts import LeftOut, left_out
 from longshadow.compress.matching import Stage, stages_of
-from longshadow.compress.measure import Calibrator, LayerReport
+from longshadow.compress.measure import Calibrator, LayerReport, MeasuredLayer
+from longshadow.compress.provenance import FARTHER, times_the_rounding
 from longshadow.compress.ranks import of_stage, spread_ranks, uniform_rank
 from longshadow.compress.sensitivity import output_sensitivity
 from longshadow.compress.shards import Shards
@@ -125,6 +127,8 @@ def compensate(
             saved = None if shards is None else shards.load(f"block_{stage.number:05d}")
             if saved is None:
                 measured = calibrator.measure(stage.original, stage.quantized, hidden, stage.name)
+                if stage is stages[0]:
+                    _warn_of_another_original(measured)
                 wanted = {name: rank if ranks is None else ranks[stage.names[name]] for name in measured}
                 solved = calibrator.solve(
                     measured,
@@ -146,6 +150,18 @@ def compensate(
                 hidden = _next_inputs(stage, hidden, propagate, {name: pair for name, (pair, _) in solved.items()})
             done()
         return result
+
+
+def _warn_of_another_original(measured: dict[str, MeasuredLayer]) -> None:
+    """Where most layers are farther from the original than their format explains."""
+    times = [times_the_rounding(layer.weight, layer.residual) for layer in measured.values()]
+    known = [it for it in times if it is not None]
+    if known and median(known) > FARTHER:
+        logger.warning(
+            "the quantised weights are %.1f times as far from the original's as rounding to their format would take "
+            "them: if they were made of another revision or a finetune, give that",
+            median(known),
+        )
 
 
 def _next_inputs(

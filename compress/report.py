@@ -137,11 +137,18 @@ def quality_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [
         (
             name,
-            f"{measured[key]['perplexity']:.3f}",
+            perplexity_text(measured[key]["perplexity"]),
             "–" if key == "original" else f"{measured[key]['divergence']:.4f}",
         )
         for key, name in (("original", "original"), ("quantized", "quantised"), ("compensated", "with the adapter"))
     ]
+
+
+def perplexity_text(perplexity: float | None) -> str:
+    """For people; None is more than a number holds."""
+    if perplexity is None:
+        return "above 1e308"
+    return f"{perplexity:.3f}" if perplexity < 1e6 else f"{perplexity:.3e}"
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ activations are kept, and an original that stays on disk is read one block at a 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
 from typing import Any
 
 import torch
@@ -72,9 +71,7 @@ def _squared_gradients(model: nn.Module, samples: torch.Tensor, *, head: bool) -
         for block in reversed(blocks):
             before = inputs.pop()
             with squares.counted({names[layer]: layer for layer in linear_layers(block).values()}):
-                gradients = [
-                    _carried_back(before, index, gradient) for index, gradient in enumerate(gradients)
-                ]
+                gradients = [_carried_back(before, index, gradient) for index, gradient in enumerate(gradients)]
     return squares.sums
 
 

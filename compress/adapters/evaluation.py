@@ -13,11 +13,12 @@ from longshadow.compress.adapters.installing import device_of, misfits
 from longshadow.compress.adapters.reading import Adapter, read_adapter
 from longshadow.compress.blocks import LowRankTerms, decoder_blocks, layer_shape, linear_layers
 from longshadow.compress.calibration import split_blocks
+from longshadow.compress.documents import Document
 from longshadow.compress.evaluation import ORIGINAL, Variant, difference, qualities
 from longshadow.compress.planning import num_layer_weights
 from longshadow.compress.rounding import finest_rounding
 from longshadow.compress.storage import stored_bits_per_weight
-from longshadow.models import LoadedModel, load_model
+from longshadow.models import LoadedModel, load_model, shared_tokenizer
 
 QUANTISED, ADAPTED, ROUNDED = "quantised", "with the adapter", "same bytes as bits"
 # Of weights before quantisation, in fp32.
@@ -28,9 +29,10 @@ MAX_BITS = 32
 class EvaluationText:
     """The report part of `documents` is read, as `longshadow compensate` deals it out for the same numbers."""
 
-    documents: list[str]
+    documents: list[Document]
     length: int = 512
     num_samples: int = 64
+    add_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         if self.length < 2:
@@ -77,7 +79,8 @@ def load_subject(
         raise ValueError(f"--bits-per-weight must be above 0 and at most {MAX_BITS}, got {bits_per_weight:g}")
     adapter = read_adapter(folder)
     adapter.require_plain()
-    first, second = load_model(original, device=device), load_model(quantized, device=device)
+    tokenizer = shared_tokenizer(original, quantized)
+    first, second = (load_model(name, device=device, tokenizer=tokenizer) for name in (original, quantized))
     for problem in misfits(second.model, adapter):
         raise ValueError(f"{folder} is for another model: {problem}")
     return Subject(adapter=adapter, original=first, quantized=second, bits_per_weight=bits_per_weight)
@@ -100,7 +103,13 @@ def evaluate_on_text(
     Raises ValueError for a text that is too short.
     """
     first, second, adapter = subject.original, subject.quantized, subject.adapter
-    samples = split_blocks(first.tokenizer, text.documents, length=text.length, samples=text.num_samples).report
+    samples = split_blocks(
+        first.tokenizer,
+        text.documents,
+        length=text.length,
+        samples=text.num_samples,
+        add_special_tokens=text.add_special_tokens,
+    ).report
     variants = subject.variants()
     layers = [layer for block in decoder_blocks(second.model) for layer in linear_layers(block).values()]
     bits = stored_bits_per_weight(layers) if subject.bits_per_weight is None else subject.bits_per_weight
@@ -118,7 +127,11 @@ def evaluate_on_text(
         "bits_per_weight": {"quantised": bits, "adapter": bits_of_adapter},
         "removed_by_adapter": difference(found[QUANTISED], found[ADAPTED]),
         "rows": {
-            name: {"perplexity": found[name].perplexity, "divergence": found[name].mean_divergence}
+            name: {
+                "perplexity": found[name].perplexity,
+                "loss": found[name].mean_loss,
+                "divergence": found[name].mean_divergence,
+            }
             for name in (ORIGINAL, *variants)
         },
     }

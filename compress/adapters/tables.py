@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from longshadow.compress.adapters.description import Description, LayersDescription
 from longshadow.compress.adapters.verification import Verification
+from longshadow.compress.report import perplexity_text
 from longshadow.report import format_bytes
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def print_evaluation(report: dict[str, Any]) -> None:
     console = _console()
     table = Table(f"on {report['samples']} samples of unseen text", "perplexity", "divergence from the original, nats")
     for name, row in report["rows"].items():
-        table.add_row(name, f"{row['perplexity']:.3f}", f"{row['divergence']:.4f}")
+        table.add_row(name, perplexity_text(row["perplexity"]), f"{row['divergence']:.4f}")
     console.print(table)
     console.print(f"the adapter takes away {_interval(report['removed_by_adapter'])}", soft_wrap=True)
     bits = report["bits_per_weight"]

@@ -129,7 +129,9 @@ def evaluate(
     adapter: AdapterFolder,
     original: Annotated[str, typer.Option(help="The model before quantisation: hub id, folder, or `demo`.")],
     quantized: Annotated[str, typer.Option(help="The quantised model that the adapter is for.")],
-    text: Annotated[str, typer.Option(help="FILE.jsonl, FILE.txt, hf:NAME or `builtin`; its report part.")] = "builtin",
+    text: Annotated[str, typer.Option(help="As --calibration of `compensate`; its report part.")] = "builtin",
+    text_column: Annotated[str | None, typer.Option(help="As --calibration-column of `compensate`.")] = None,
+    add_special_tokens: Annotated[bool, typer.Option(help="As for `compensate`.")] = True,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 512,
     num_samples: Annotated[int, typer.Option(help="As for calibration; a third of it is for the report.")] = 64,
     bits_per_weight: Annotated[
@@ -156,7 +158,12 @@ def evaluate(
 
         names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
         harness = None if tasks is None else Harness(Tasks(names=names, limit=tasks_limit))
-        source = EvaluationText(documents=read_documents(text), length=sequence_length, num_samples=num_samples)
+        source = EvaluationText(
+            documents=read_documents(text, column=text_column),
+            length=sequence_length,
+            num_samples=num_samples,
+            add_special_tokens=add_special_tokens,
+        )
         subject = load_subject(adapter, original, quantized, bits_per_weight=bits_per_weight, device=device)
         with LayerBar("measuring", step="sample") as bar:
             report = evaluate_on_text(subject, source, on_sample=bar.update)

@@ -61,9 +61,15 @@ def compensate(
     calibration: Annotated[
         str,
         typer.Option(
-            help="FILE.jsonl (column text), FILE.txt, hf:NAME (a data set), or `builtin`: documentation of Python."
+            help="Text, JSON (lines), CSV, Parquet, hf:NAME (a data set), or `builtin`: documentation of Python."
         ),
     ] = "builtin",
+    calibration_column: Annotated[
+        str | None, typer.Option(help="Of its rows. Default: text, messages, or prompt and completion.")
+    ] = None,
+    add_special_tokens: Annotated[
+        bool, typer.Option(help="Begin each sample as the tokenizer begins a text, most often with BOS.")
+    ] = True,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 512,
     num_samples: Annotated[int, typer.Option(help="Samples to calibrate on.")] = 64,
     propagate: Annotated[
@@ -105,6 +111,8 @@ def compensate(
             shrinkage=shrinkage,
             lm_head=lm_head,
             calibration=calibration,
+            calibration_column=calibration_column,
+            add_special_tokens=add_special_tokens,
             sequence_length=sequence_length,
             num_samples=num_samples,
             propagate=propagate.value,

@@ -55,6 +55,7 @@ def load_model(
     device: torch.device | str | None = None,
     max_memory: int | None = None,
     quantization_config: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> LoadedModel:
     """Loads a model and its tokenizer.
 
@@ -67,6 +68,7 @@ def load_model(
         max_memory: bytes for its weights; those beyond stay on disk, and are read whenever they are needed. A GGUF
             file is always read whole.
         quantization_config: of transformers, to quantise a dense model with while it is loaded; not for GGUF files.
+        tokenizer: another model's, to be used instead of its own.
 
     Raises:
         ValueError: in one line, why the model cannot be loaded and what to do.
@@ -76,20 +78,55 @@ def load_model(
     if name == DEMO_NAME:
         folder = demo_folder()
         stored: torch.dtype | str = _unpacked_dtype(place)
-        model, tokenizer = _load_pretrained(str(folder), dtype or stored, place, max_memory, quantization_config)
+        model, own = _load_pretrained(str(folder), dtype or stored, place, max_memory, quantization_config, tokenizer)
     elif path.suffix.lower() == GGUF_SUFFIX:
         check_name(name, path)
         if quantization_config is not None:
             raise ValueError(f"{name} is quantised: give the model before, in safetensors")
-        model, tokenizer = load_gguf(path, dtype=dtype or _unpacked_dtype(place), device=place)
+        model, own = load_gguf(path, dtype=dtype or _unpacked_dtype(place), device=place)
     else:
         method = quantization_method(read_config(name))
         check_libraries(name, method)
         # What a quantised layer computes in was decided when it was made.
         stored = torch.float32 if place.type == "cpu" and method == DENSE else "auto"
         source = str(path) if path.is_dir() else name
-        model, tokenizer = _load_pretrained(source, dtype or stored, place, max_memory, quantization_config)
-    return LoadedModel(name=name, model=model, tokenizer=tokenizer, max_positions=max_positions(model.config))
+        model, own = _load_pretrained(source, dtype or stored, place, max_memory, quantization_config, tokenizer)
+    used = own if tokenizer is None else tokenizer
+    return LoadedModel(name=name, model=model, tokenizer=used, max_positions=max_positions(model.config))
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer without the model, by the names that `load_model` takes.
+
+    Raises:
+        ValueError: in one line, why it cannot be loaded.
+    """
+    path = demo_folder() if name == DEMO_NAME else Path(name).expanduser()
+    check_name(name, path)
+    try:
+        if path.is_file():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else name)
+    # Damaged files make the readers raise whatever a byte leads them to.
+    except Exception as error:
+        raise ValueError(loading_message(name, error)) from error
+    return tokenizer
+
+
+def shared_tokenizer(original: str, quantized: str) -> PreTrainedTokenizerBase:
+    """The original's, or that of the quantised model where the original comes without one.
+
+    Raises:
+        ValueError: neither has one.
+    """
+    try:
+        return load_tokenizer(original)
+    except ValueError as error:
+        try:
+            return load_tokenizer(quantized)
+        except ValueError:
+            raise error from None
 
 
 def empty_model(name: str, *, only_here: bool = False) -> PreTrainedModel:
@@ -138,6 +175,7 @@ def _load_pretrained(
     device: torch.device,
     max_memory: int | None,
     quantization_config: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options: dict[str, Any] = {"device_map": None if device.type == "cpu" else device}
     if max_memory is not None:
@@ -151,7 +189,8 @@ def _load_pretrained(
     try:
         # Libraries of formats print what they do; stdout is for results.
         with redirect_stdout(sys.stderr):
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            if tokenizer is None:
+                tokenizer = AutoTokenizer.from_pretrained(source)
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -167,4 +206,5 @@ def _load_pretrained(
             f"the weights of {source} are incomplete: {len(loading['missing_keys'])} parameters are missing, "
             f"for example {example}; get its files again"
         )
+    assert tokenizer is not None
     return model.eval(), tokenizer

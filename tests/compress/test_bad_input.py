@@ -183,7 +183,8 @@ def test_a_model_with_an_adapter_in_it() -> None:
     [
         ("empty.txt", "", "is empty"),
         ("blank.jsonl", "\n \n", "is empty"),
-        ("tiny.txt", "A word.", "fewer than one sample of 32: give more text, or a smaller --sequence-length"),
+        ("tiny.txt", "A word.\n\n" * 3, "fewer than one sample of 32: give more text, or a smaller --sequence-length"),
+        ("one.txt", "A word.", "has 1 document, and needs 3"),
         ("hollow.jsonl", '{"text": " "}\n' * 900, "is empty"),
         ("other.jsonl", '{"text": "a"}\n{"content": "b"}', 'line 2 has no column "text"'),
         ("latin.txt", b"\xe9t\xe9 " * 900, "cannot read the calibration text"),
@@ -194,6 +195,39 @@ def test_texts(original: Path, quantized: Path, name: str, content: str | bytes,
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert message in error_of(run(original, quantized, "--calibration", str(path)))
     assert nothing_left(original.parent)
+
+
+@pytest.mark.parametrize("without", ["original", "quantized"])
+def test_a_folder_without_a_tokenizer(original: Path, quantized: Path, without: str) -> None:
+    """The other model's is taken."""
+    for path in (original if without == "original" else quantized).glob("tokenizer*"):
+        path.unlink()
+    result = run(original, quantized, "--method", "eora", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["calibration"]["add_special_tokens"]
+
+
+def test_logits_beyond_what_a_perplexity_can_say(original: Path, quantized: Path) -> None:
+    for folder in (original, quantized):
+        weights = load_file(folder / WEIGHTS)
+        weights["model.norm.weight"] *= 1e4
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    result = run(original, quantized, "--method", "eora", "--json")
+    assert result.exit_code == 0, result.stderr
+    row = json.loads(result.stdout, parse_constant=pytest.fail)["report"]["original"]
+    assert row["perplexity"] is None and row["loss"] > 710
+    shutil.rmtree(original.parent / "adapter")
+    assert "above 1e308" in run(original, quantized, "--method", "eora").stdout
+
+
+def test_another_revision_is_told(original: Path, quantized: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = load_file(quantized / WEIGHTS)
+    weights["model.embed_tokens.weight"] += 0.01 * torch.randn_like(weights["model.embed_tokens.weight"])
+    save_file(weights, quantized / WEIGHTS, metadata={"format": "pt"})
+    result = run(original, quantized, "--method", "eora")
+    assert result.exit_code == 0
+    [message] = [it.getMessage() for it in caplog.records if "was hardly made of" in it.getMessage()]
+    assert "model.embed_tokens.weight is" in message and "apart, which quantisation leaves alone" in message
 
 
 def test_an_output_of_another_run(original: Path, quantized: Path) -> None:

@@ -6,6 +6,7 @@ from torch import nn
 
 from longshadow.compress.blocks import decoder_blocks
 from longshadow.compress.evaluation import ORIGINAL, Quality, Variant, difference, mean_and_interval, qualities
+from longshadow.compress.report import perplexity_text
 from tests.compress.test_pipeline import divergence, round_to_nearest
 from tests.tiny_models import tiny_model
 
@@ -39,6 +40,12 @@ def test_perplexity(samples: torch.Tensor) -> None:
         losses = [float(tiny_model()(sample[None], labels=sample[None]).loss) for sample in samples]
     found = qualities(tiny_model(), {}, samples)[ORIGINAL]
     assert found.perplexity == pytest.approx(float(torch.tensor(losses).mean().exp()), rel=1e-5)
+
+
+def test_a_perplexity_that_no_number_holds() -> None:
+    quality = Quality(divergence=(0.0,), loss=(800.0,))
+    assert quality.perplexity is None and quality.mean_loss == 800
+    assert [perplexity_text(it) for it in (None, 12.34567, 1.5e13)] == ["above 1e308", "12.346", "1.500e+13"]
 
 
 def test_differences_are_paired() -> None:
