@@ -21,7 +21,7 @@ demo: set-up  ## a question about a long document, with ShadowKV and with full a
 	$(BIN)/python -m longshadow.demo
 
 test: set-up  ## the tests; choose some with PYTEST_ARGS="-m 'not slow'"
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-trl-versions: set-up  ## prefix sharing in training with older versions of TRL, too; writes docs/trl_versions.json
 	$(BIN)/python .ci/test-trl-versions

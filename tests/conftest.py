@@ -16,7 +16,8 @@ from tests.skip_check import SkipCheck
 if TYPE_CHECKING:
     from longshadow.models import LoadedModel
 
-NUM_THREADS = 2
+# Two cores: one for each worker of pytest-xdist, both for a run without workers.
+NUM_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 SKIPS = Path(__file__).parent / "skips.txt"
 
 torch.set_num_threads(NUM_THREADS)
@@ -35,7 +36,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--check-skips"):
+    # A worker of pytest-xdist sees a part of the tests; the process that started it sees all reports.
+    if config.getoption("--check-skips") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(SkipCheck(SKIPS))
 
 
