@@ -32,14 +32,13 @@ MANY_ZEROS = 0.2
 def changed_beside_layers(original: nn.Module, quantized: nn.Module, *, packed: bool = False) -> str | None:
     """A parameter outside the blocks that is another one, with by how much; None where there is none.
 
-    Inside, scales may have been folded into norms. Heads are left out, since they may be quantised; `packed` says that
-    embeddings were, too.
+    Inside, scales may have been folded into norms. Linear layers are left out, since they may be quantised, such as the
+    head; `packed` says that embeddings were, too.
     """
     inside = {id(parameter) for block in decoder_blocks(original) for parameter in block.parameters()}
-    head = original.get_output_embeddings()  # type: ignore[operator]
     others = dict(quantized.named_parameters())
     for prefix, module in original.named_modules():
-        if module is head and isinstance(module, nn.Linear):
+        if isinstance(getattr(module, "in_features", None), int):
             continue
         for name, _ in module.named_parameters(recurse=False):
             whole = f"{prefix}.{name}" if prefix else name
