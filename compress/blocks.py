@@ -34,7 +34,7 @@ class HiddenStates:
 
     @cached_property
     def calls(self) -> list[Call]:
-        """What the model calls the block with, for each sample."""
+        """The model's calls of the block, one for each sample."""
         blocks = list(decoder_blocks(self.model))
         if self.number < len(blocks):
             return recorded(self.model, blocks, self.number, self.tokens, self.before)
@@ -126,7 +126,7 @@ def compensated_blocks(model: nn.Module, *, head: bool) -> list[nn.Module]:
 
 
 def first_inputs(model: nn.Module, samples: torch.Tensor) -> HiddenStates:
-    """What the first block is given for token ids [samples, length]."""
+    """Inputs of the first block for token ids [samples, length]."""
     return HiddenStates(model=model, tokens=samples, number=0, before=[Before() for _ in samples])
 
 
@@ -155,7 +155,7 @@ def layer_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def input_groups(block: nn.Module, hidden: HiddenStates) -> list[InputGroup]:
-    """What the block's linear layers are given, found on the first sample.
+    """Inputs of the block's linear layers, found on the first sample.
 
     Left out are those that do more than multiply by their weight, such as routers that choose experts, and those
     whose weight the block uses without calling them.

@@ -23,7 +23,7 @@ Key = int | str
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Before:
-    """What blocks before have made of one sample.
+    """Outputs of the blocks before, for one sample.
 
     Attributes:
         output: all that the last one returned.
@@ -180,7 +180,7 @@ def _compact(value: Any) -> Any:
 
 
 def _copied(value: Any) -> Any:
-    """What a block may change, apart."""
+    """Copies what a block may change."""
     if isinstance(value, MutableMapping):
         return copy.copy(value)
     return copy.deepcopy(value) if isinstance(value, Cache) else value

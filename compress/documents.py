@@ -46,7 +46,7 @@ def file_documents(path: Path, column: str | None = None) -> list[Document]:
 
 
 def row_document(row: Any, place: str, column: str | None = None) -> Document:
-    """What a row is about: its text, its messages, or its prompt with its completion; or the column that is named.
+    """The document of a row: its text, its messages, or its prompt with its completion; or the column that is named.
 
     Raises ValueError for a row without any of them.
     """

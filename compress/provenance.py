@@ -1,4 +1,4 @@
-"""Whether a quantised model was made of this original, or of another revision, a finetune, or another seed.
+"""Tells a quantised model of this original from one of another revision, a finetune, or another seed.
 
 What quantisers leave alone must be the same, and what they round must lie near: a weight is on a grid, whose points
 show in groups of inputs, and rounding to the nearest leaves what it leaves. Quantisers that round otherwise, as GPTQ

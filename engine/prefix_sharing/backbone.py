@@ -150,7 +150,7 @@ def is_sharing(model: nn.Module) -> bool:
 
 
 def check_sharing(model: nn.Module) -> Findings:
-    """What is known of a model that can share prefixes. Raises ValueError where it cannot, with the reason."""
+    """Finds out how a model shares prefixes. Raises ValueError where it cannot, with the reason."""
     language_model = language_model_of(model)
     reason = why_model_cannot(model, language_model)
     findings = _findings.get(language_model, Findings())

@@ -1,4 +1,4 @@
-"""What sharing saves, in a trainer's logs and in one line at its end."""
+"""Tells in a trainer's logs, and in one line at its end, how much sharing saves."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which models can share prefixes, and which batches run the ordinary way, with the reasons."""
+"""Reasons why a model cannot share prefixes, and why a batch runs the ordinary way."""
 
 import functools
 from typing import Any

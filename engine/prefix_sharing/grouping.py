@@ -14,7 +14,7 @@ SUMS_OVER_ROWS = {"grpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"}
 
 
 def why_micro_batches_stay(trainer: Any) -> str | None:
-    """What a GRPO or RLOO trainer computes over the rows of a micro-batch together; None where there is nothing."""
+    """Names what a GRPO or RLOO trainer computes over the rows of a micro-batch together; None: nothing."""
     args = trainer.args
     loss = getattr(args, "loss_type", None)
     if loss is not None and loss not in SUMS_OVER_ROWS:
@@ -33,7 +33,7 @@ def why_micro_batches_stay(trainer: Any) -> str | None:
 
 
 def per_step(args: Any) -> int:
-    """How many neighbouring micro-batches of a generation surely go into one optimizer step."""
+    """Counts the neighbouring micro-batches of a generation that surely go into one optimizer step."""
     generated, accumulated = args.steps_per_generation, args.gradient_accumulation_steps
     if generated % accumulated == 0:
         return int(accumulated)

@@ -1,4 +1,4 @@
-"""How prefixes are shared."""
+"""Options of prefix sharing."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,11 +1,11 @@
-"""What sharing did, counted."""
+"""Counts what sharing did."""
 
 from dataclasses import dataclass
 
 
 @dataclass(kw_only=True)
 class SharingReport:
-    """What sharing did since it was enabled.
+    """Counts since sharing was enabled.
 
     Attributes:
         shared_batches, ordinary_batches: forwards that went each way. Those of generation, which fill or continue a

@@ -1,4 +1,4 @@
-"""What a few tokens show about a model: whether a tree gives what rows give, and how the model counts positions.
+"""Tries a model on a few tokens: compares a tree with its rows, and finds out how the model counts positions.
 
 A batch of three short rows runs as it is, padded on the right and on the left, and as a tree. What holds is a property
 of the model, found here for all families alike, before any work is done with it.
@@ -28,7 +28,7 @@ _ROWS = ((0, 1, 2, 3, 4), (0, 1, 2, 5), (0, 1, 6, 7, 8, 9))
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """How a model takes batches.
+    """A model's way of taking batches.
 
     Attributes:
         reason: why it cannot share; None where it can.
@@ -56,7 +56,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def backbones_of(model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """What may compute the hidden states: the model without its head, or the decoder in that."""
+    """Candidates for computing the hidden states: the model without its head, or the decoder in that."""
     decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
     return (model.base_model,) if decoder in (model, model.base_model) else (model.base_model, decoder)
 
@@ -88,7 +88,7 @@ def try_model(model: PreTrainedModel, tree_path: Callable[[nn.Module, PrefixTree
 
 
 def _first_called(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> int | None:
-    """Which of the backbones the model's forward calls first."""
+    """The backbone that the model's forward calls first."""
     called: list[int] = []
     backbones = backbones_of(model)
     undo = [intercept(module, functools.partial(_note, called, number)) for number, module in enumerate(backbones)]

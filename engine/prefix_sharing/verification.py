@@ -24,7 +24,7 @@ def kind_of(tree: PrefixTree) -> tuple[bool, int]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Comparison:
-    """What the ordinary path gives for a batch, and how much may differ from it on real tokens.
+    """The ordinary path's results for a batch, and the difference that is allowed on real tokens.
 
     That is ten times what one more column of padding changes in the ordinary path, which is no change in exact
     arithmetic either.
@@ -62,7 +62,7 @@ class Comparison:
         return self.noise < float("inf")
 
     def difference(self, shared: torch.Tensor) -> str | None:
-        """How far hidden states [N, L, H] are off; None where they agree."""
+        """Distance of hidden states [N, L, H] from these; None where they agree."""
         scale = float(self.ordinary[self.real].abs().max())
         error = float((shared - self.ordinary)[self.real].abs().max())
         tolerance = FACTOR * max(self.noise, SMALLEST_TOLERANCE * scale, scale * _rounding(self.ordinary))
@@ -78,7 +78,7 @@ def why_different(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
 ) -> str | None:
-    """How the two paths differ on a batch, in a sentence; None where they agree."""
+    """Describes in a sentence how the two paths differ on a batch; None where they agree."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     comparison = Comparison.of(ordinary_path, backbone, input_ids, mask)
     if not comparison.is_finite:

@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDefaults:
-    """What a model's makers chose; fields of `SamplingParams` that are None mean these.
+    """Choices of a model's makers; fields of `SamplingParams` that are None mean these.
 
     Args:
         temperature: 0, the most likely token, unless the model's `do_sample` is set.

@@ -99,7 +99,7 @@ class TokenBound:
 
 
 def _features(data: Bytes) -> list[Flags]:
-    """Which bytes count for each feature."""
+    """Bytes that count for each feature."""
     folded = data | 0x20
     letter = (folded >= ord("a")) & (folded <= ord("z")) & (data < FIRST_HIGH)
     digit = (data >= ord("0")) & (data <= ord("9"))

@@ -70,7 +70,7 @@ class PendingTexts:
             sync_folder(self._folder)
 
     def found(self) -> Iterator[PendingText]:
-        """What an earlier server left, oldest first; a file that is damaged is left alone and told of."""
+        """Finds texts that an earlier server left, oldest first; a file that is damaged is left alone and told of."""
         found = []
         for path in sorted(self._folder.glob(f"*{SUFFIX}")) if self._folder is not None else ():
             try:

@@ -73,7 +73,7 @@ class Connections:
 
     @property
     def is_beyond_sparing(self) -> bool:
-        """Whether there are too many to tell another that there are too many."""
+        """True if there are too many to tell another that there are too many."""
         return len(self._open) > self.most + SPARE_CONNECTIONS
 
 

@@ -1,4 +1,4 @@
-"""How many values a JSON text holds, found out without parsing it.
+"""Counts the values of a JSON text without parsing it.
 
 Parsing and checking a body holds up everything else, for about a second per million values, and takes a hundred bytes
 and more for each of them; a megabyte in one string costs next to nothing. So the values are counted first.

@@ -58,7 +58,7 @@ class _HandOff:
 
 
 class _Forward(threading.local):
-    """What this thread's forward of a text model was given.
+    """Arguments of this thread's forward of a text model.
 
     Attributes:
         mask: [B, tokens] of real tokens; None: all.

@@ -35,7 +35,7 @@ OWN_CACHE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """What a cache's decoding did so far.
+    """Counts of a cache's decoding so far.
 
     Attributes:
         hit_rate: share of candidate chunks whose keys were resident; 0 before there were any.
@@ -229,7 +229,7 @@ class ShadowKVCache(WatchedCache):
 
     @property
     def is_ahead(self) -> bool:
-        """Whether the tokens of the running call were counted before it."""
+        """True if the tokens of the running call were counted before it."""
         return self._state.is_ahead
 
     def check_text(self, ids: torch.Tensor) -> None:
@@ -281,7 +281,7 @@ class ShadowKVCache(WatchedCache):
                 yield from ((part, held) for held in tensors)
 
     def statistics(self) -> Statistics:
-        """What decoding did so far."""
+        """Counts of decoding so far."""
         layers = [layer for layer in self.layers if isinstance(layer, ShadowKVLayer)]
         counts = self._state.counts
         if self._state.batch is not None:
@@ -297,7 +297,7 @@ class ShadowKVCache(WatchedCache):
 
     @property
     def state(self) -> CacheState:
-        """What its layers share."""
+        """The state that its layers share."""
         return self._state
 
     def reset(self) -> None:

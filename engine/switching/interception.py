@@ -53,7 +53,7 @@ class Interception:
         return type(self._module).forward(self._module, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """What a copy of the module has instead, where a later hook kept this forward."""
+        """Gives a copy of the module its plain forward, where a later hook kept this one."""
         return copy.deepcopy(self._plain, memo)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -65,7 +65,7 @@ class Interception:
 
     @property
     def around(self) -> tuple[Around, ...]:
-        """What is around the forward, innermost first."""
+        """Functions around the forward, innermost first."""
         return self._around
 
     def add(self, around: Around, replaced: dict[str, Callable[[Any], Any]]) -> None:
@@ -135,6 +135,6 @@ def intercept(
 
 
 def around(module: nn.Module) -> tuple[Around, ...]:
-    """What is around the module's forward now."""
+    """Functions around the module's forward now."""
     interception: Interception | None = vars(module).get(_HOME)
     return () if interception is None else interception.around

@@ -1,4 +1,4 @@
-"""How long sequences of a model may be: one rule for `plan`, `serve`, `LLM` and `generate`, from its configuration.
+"""Reads the longest sequence of a model: one rule for `plan`, `serve`, `LLM` and `generate`, from its configuration.
 
 It reads a plain mapping, a config.json or a transformers configuration's `to_dict`, and imports nothing.
 """

@@ -1,4 +1,4 @@
-"""Where a command is to write: checked before any work, and no folder is made that nobody asked for."""
+"""Checks where a command is to write before any work; makes no folder that nobody asked for."""
 
 import os
 from pathlib import Path

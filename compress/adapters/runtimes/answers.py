@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """Whether a runtime serves an adapter.
+    """The verdict on a runtime: it serves an adapter, it does not, or nobody knows.
 
     Attributes:
         serves: None where its code, as far as it was read, does not tell.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def llama_cpp_answer(adapter: Adapter, base: "Base") -> Answer:
-    """What our own export knows of the layout decides: it writes no file that llama.cpp would refuse."""
+    """Asks our own export, which writes no file that llama.cpp would refuse."""
     from longshadow.compress.adapters.gguf_export import UnknownArchitecture, tensor_names
 
     if adapter.oddities:

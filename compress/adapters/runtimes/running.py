@@ -40,7 +40,7 @@ TOLERANCE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run says of a runtime; `serves` is None where it does not tell."""
+    """The verdict of a run in a runtime; `serves` is None where it does not tell."""
 
     serves: bool | None
     told: str

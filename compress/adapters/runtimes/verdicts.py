@@ -1,4 +1,4 @@
-"""Which runtimes can serve an adapter on its base."""
+"""Judges which runtimes can serve an adapter on its base."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -75,7 +75,7 @@ def vllm_rank(rank: int) -> int | None:
 
 
 def vllm_answer(adapter: Adapter, base: "Base") -> Answer:
-    """What is refused comes before what is not known."""
+    """Answers with a refusal before anything that is not known."""
     # It looks at the configuration's rank, too, whether a layer has it or not.
     rank = max(adapter.rank, int(adapter.config.get("r", 8)))
     size = vllm_rank(rank)
