@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longshadow.engine.shadowkv import ShadowKVCache, ShadowKVConfig
+from tests.engine.prefix_sharing.sweep import try_sharing
 from tests.model_zoo import NOT_BUILT, TYPES, VOCABULARY, tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -89,20 +90,20 @@ def _two_turns(model: Any, cache: Any, batch_size: int) -> list[tuple[torch.Tens
 
 
 # What is tried of each type: why it is refused, None where it is equal.
-COLUMNS: dict[str, Callable[[PreTrainedModel], str | None]] = {"cache": try_cache}
+COLUMNS: dict[str, Callable[[PreTrainedModel], str | None]] = {"cache": try_cache, "sharing": try_sharing}
 
 
-def try_types(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """A row for each type."""
+def try_types(names: Iterable[str], columns: Iterable[str] = tuple(COLUMNS)) -> dict[str, dict[str, str]]:
+    """A row for each type, of these columns."""
     results = {}
     for name in names:
         results[name] = {"class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]}
         if name in NOT_BUILT:
             results[name]["not_built"] = NOT_BUILT[name]
             continue
-        for column, tried in COLUMNS.items():
+        for column in columns:
             try:
-                reason = tried(tiny_model(name))
+                reason = COLUMNS[column](tiny_model(name))
             except Exception as error:
                 raise AssertionError(f"{name}, {column}: {type(error).__name__}: {error}") from error
             results[name][column] = "equal" if reason is None else "refused"
@@ -121,11 +122,15 @@ def render(table: dict[str, Any]) -> str:
     """The list in README: model types by what becomes of them."""
     types = table["types"]
     built = sum("not_built" not in row for row in types.values())
-    equal = [name for name, row in types.items() if row.get("cache") == "equal"]
+    cached, sharing = (
+        [name for name, row in types.items() if row.get(column) == "equal"] for column in ("cache", "sharing")
+    )
     text = (
         f"Tested families: of the {len(types)} causal-LM types of transformers {table['transformers']}, "
-        f"`make test-families` builds {built} as tiny random models. {len(equal)} give the stock cache's tokens "
-        f"where nothing is left out: {', '.join(equal)}. The others are refused before anything runs; "
+        f"`make test-families` builds {built} as tiny random models. {len(cached)} give the stock cache's tokens "
+        f"where nothing is left out: {', '.join(cached)}. {len(sharing)} give plain rows' logits and gradients under "
+        f"`share_prefixes`: the same but {', '.join(name for name in cached if name not in sharing)}, and besides "
+        f"{', '.join(name for name in sharing if name not in cached)}. The others are refused before anything runs; "
         "[docs/families.json](docs/families.json) has each one's reason."
     )
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.engine.prefix_sharing.sweep import try_sharing
+from tests.family_table import read_table
 from tests.model_zoo import tiny_model
 
 # Tables of positions and RoPE of all kinds, latent attention, experts, soft-caps, sinks, windows, shared keys, images.
@@ -27,9 +28,11 @@ REFUSED = {
 @pytest.mark.parametrize("name", SHARED)
 def test_is_equal(name: str) -> None:
     assert try_sharing(tiny_model(name)) is None
+    assert read_table()["types"][name]["sharing"] == "equal"
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_is_refused(name: str) -> None:
     reason = try_sharing(tiny_model(name))
     assert reason is not None and REFUSED[name] in reason and "\n" not in reason
+    assert read_table()["types"][name]["sharing"] == "refused"
