@@ -114,6 +114,8 @@ def check_configuration(model_config: PreTrainedConfig, name: str) -> None:
     config = model_config.get_text_config(decoder=True)
     if model_config.is_encoder_decoder:
         _refuse(name, "it is an encoder-decoder")
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        _refuse(name, "its tokens attend to later ones, too")
     if getattr(config, "kv_lora_rank", None):
         _refuse(name, "it caches latent vectors (multi-head latent attention), not keys")
     if getattr(config, "cross_attention_layers", None):

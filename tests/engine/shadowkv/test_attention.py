@@ -91,6 +91,8 @@ def test_an_interrupted_forward_is_noticed_and_reset_recovers() -> None:
             dict(head_dim=16, num_experts=4, num_experts_per_tok=2),
             "layers of type 'linear_attention'",
         ),
+        ("gemma3_text", dict(head_dim=16, use_bidirectional_attention=True), "attend to later ones"),
+        ("llama", dict(is_causal=False), "attend to later ones"),
     ],
 )
 def test_unsupported_models_are_refused_with_the_reason(family: str, overrides: Any, reason: str) -> None:
