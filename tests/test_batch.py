@@ -1,6 +1,8 @@
 """Batch inference: files, what a line may hold, and a run that goes on where it was stopped."""
 
 import json
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ def run(llm: LLM, source: Path, target: Path, **settings: Any) -> dict[int, Any]
 
 
 def read(target: Path) -> dict[int, Any]:
-    return {result["line"]: result for result in map(json.loads, target.read_text().splitlines())}
+    return {result["line"]: result for result in map(json.loads, target.read_bytes().splitlines())}
 
 
 def test_every_line_gets_one_result(llm: LLM, tmp_path: Path) -> None:
@@ -103,6 +105,8 @@ def test_a_line_that_cannot_be_answered_says_why(llm: LLM, tmp_path: Path, line:
         '{"prompt": "a", "ignore_eos": "no"}',
         '{"prompt": "a", "n": 99}',
         '{"prompt": "\xff',
+        '{"prompt": "a", "max_tokens": ' + "9" * 5000 + "}",
+        "\x00",
     ],
 )
 def test_one_line_of_any_kind_stops_no_other(llm: LLM, tmp_path: Path, line: str) -> None:
@@ -163,13 +167,32 @@ def test_results_of_another_run_are_left_alone(llm: LLM, tmp_path: Path) -> None
     assert target.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", ["a text\nof two lines\n", "{}\n", "no line's end", "[1]\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a text\nof two lines\n",
+        "{}\n",
+        "no line's end",
+        "[1]\n",
+        '{"line": Infinity, "key": "a"}\n',
+        "[" * 100_000 + "\n",
+    ],
+)
 def test_a_file_that_holds_something_else_is_left_alone(tmp_path: Path, content: str) -> None:
     target = tmp_path / "out"
     target.write_text(content)
     with pytest.raises(ValueError, match="holds something else"):
         Results(target)
     assert target.read_text() == content
+
+
+def test_ids_come_back_as_they_were(llm: LLM, tmp_path: Path) -> None:
+    ids = ["\ud800", "\ud801", "é\u2028", 10**30, {"a": [None]}, "same", "same"]
+    source = write_lines(tmp_path / "in", *({"prompt": "a", "id": one} for one in ids))
+    source.write_bytes(b"\xef\xbb\xbf" + source.read_bytes().replace(b"\n", b"\r\n"))
+    found = run(llm, source, tmp_path / "out")
+    assert [found[line + 1]["id"] for line in range(len(ids))] == ids
+    assert all("outputs" in result for result in found.values())
 
 
 def test_two_processes_do_not_share_an_output(tmp_path: Path) -> None:
@@ -189,6 +212,13 @@ def test_the_command(tmp_path: Path) -> None:
     assert result.exit_code == 1, result.stderr
     assert json.loads(result.stdout) == {"answered": 1, "refused": 1, "done_before": 0}
     assert read(target)[1]["usage"]["completion_tokens"] == 3
+    pipe, through = tmp_path / "pipe", tmp_path / "through"
+    os.mkfifo(pipe)
+    threading.Thread(target=pipe.write_bytes, args=(source.read_bytes(),), daemon=True).start()
+    piped = [str(through) if word == str(target) else str(pipe) if word == str(source) else word for word in command]
+    result = CliRunner().invoke(app, [*piped, "--max-new-tokens", "3", "--json"])
+    assert json.loads(result.stdout) == {"answered": 1, "refused": 1, "done_before": 0}
+    assert read(through) == read(target)
     again = CliRunner().invoke(app, [*command, "--max-new-tokens", "3"])
     assert again.exit_code == 0 and "2 were there already" in again.stderr
     other = CliRunner().invoke(app, [*command, "--max-new-tokens", "4"])
@@ -206,9 +236,22 @@ def test_the_command(tmp_path: Path) -> None:
         (["--input", "a", "--output", "b", "--question", "c"], "--question is for one prompt"),
         (["--input", "a", "--output", "b", "--compare"], "--compare is for one prompt"),
         (["--input", "/none/in", "--output", "b"], "cannot read /none/in"),
+        (["--input", __file__, "--output", "/dev/null"], "it is a device or a pipe"),
+        (["--input", __file__, "--output", "~nobody-of-this-name/b"], "does not exist: make it first"),
+        (["--prompt-file", "~nobody-of-this-name/b"], "No such file"),
     ],
 )
 def test_mistakes_end_with_one_line(options: list[str], message: str) -> None:
     result = CliRunner().invoke(app, ["generate", "--model", "demo", *options])
     assert result.exit_code == 2
     assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_links_that_lead_nowhere(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.symlink_to(other)
+    other.symlink_to(one)
+    for options in (["--input", str(one), "--output", "b"], ["--input", __file__, "--output", str(one)]):
+        result = CliRunner().invoke(app, ["generate", "--model", "demo", *options])
+        assert result.exit_code == 2
+        assert result.stderr.startswith("error: ") and "Too many levels of symbolic links" in result.stderr

@@ -37,14 +37,19 @@ class ControlTokens:
         if isinstance(value, str):
             return self._marked_text(value)
         if isinstance(value, Mapping):
-            return {key: self.marked(one) for key, one in value.items()}
+            # Templates look for names, and write those of a tool's arguments.
+            return {self.marked(key): self.marked(one) for key, one in value.items()}
         return [self.marked(one) for one in value] if isinstance(value, list | tuple) else value
 
     def _marked_text(self, text: str) -> str:
-        if self._matched_normalised and not self._pattern.search(text):
+        text = self._marked_as_written(text)
+        if self._matched_normalised:
             normalizer = getattr(getattr(self._tokenizer, "backend_tokenizer", None), "normalizer", None)
             normal = text if normalizer is None else str(normalizer.normalize_str(text))
-            text = normal if self._pattern.search(normal) else text
+            text = self._marked_as_written(normal) if self._pattern.search(normal) else text
+        return text
+
+    def _marked_as_written(self, text: str) -> str:
         # What is left of one token may begin or end another.
         while self._pattern.search(text):
             text = self._pattern.sub(lambda found: found[0][0] + self._mark + found[0][1:], text)

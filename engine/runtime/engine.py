@@ -4,6 +4,7 @@ Other threads only put jobs into it, mark them as cancelled, and hold documents;
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -78,6 +79,7 @@ class Engine:
             self._failures,
             finish_document=self._finish_document,
         )
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="longshadow-engine", daemon=True)
         self._thread.start()
 
@@ -196,6 +198,8 @@ class Engine:
         return isinstance(self._closed, EngineDead)
 
     def _check_open(self) -> None:
+        if os.getpid() != self._process:
+            raise EngineClosed("the engine stayed in the process that this one was forked from; make an LLM here")
         if self._closed is not None:
             raise type(self._closed)(str(self._closed)) from self._closed.__cause__
 

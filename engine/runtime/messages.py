@@ -1,5 +1,6 @@
 """Messages of a chat, whoever sends them, as chat templates take them: a role and one text each."""
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,11 +16,12 @@ def normalised(messages: object) -> list[dict[str, Any]]:
 
     Raises ValueError, in one line with the message's number, for anything that is no message of text.
     """
-    if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
+    found = [_fields(message) for message in messages] if isinstance(messages, list | tuple) else [None]
+    if not all(isinstance(message, Mapping) for message in found):
         raise ValueError("messages must be a list of objects with `role` and `content`")
-    if not messages:
+    if not found:
         raise ValueError("messages must hold at least one message")
-    return [_normalised(f"message {number}", message) for number, message in enumerate(messages, 1)]
+    return [_normalised(f"message {number}", message) for number, message in enumerate(found, 1)]
 
 
 def template_role(role: str) -> str:
@@ -30,6 +32,15 @@ def template_role(role: str) -> str:
 def joined(texts: Iterable[str]) -> str:
     """The text of a content that comes in parts."""
     return "\n".join(texts)
+
+
+def _fields(value: Any) -> Any:
+    """A message or part of a client's library as a mapping: pydantic's, such as openai's, and dataclasses."""
+    if isinstance(value, type | Mapping):
+        return value
+    if callable(dump := getattr(value, "model_dump", None)):
+        return dump(exclude_none=True)
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
 
 
 def _normalised(where: str, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,6 +70,7 @@ def _text(where: str, message: Mapping[str, Any]) -> str:
 def _part(where: str, part: object) -> str:
     if isinstance(part, str):
         return part
+    part = _fields(part)
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     name = TEXT_PARTS.get(kind) if isinstance(kind, str) else None
     if name is None or not isinstance(part, Mapping):

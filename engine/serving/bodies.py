@@ -140,10 +140,10 @@ class Generation(Body):
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options needs stream", param="stream_options", code="invalid_value")
         given = {name: value for name in SAMPLING_NAMES if (value := getattr(self, name)) is not None}
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
         return SamplingParams(
             **given,
-            stop=tuple(stop),
+            stop=None if stop is None else tuple(stop),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logprobs=self.num_logprobs(),
             max_tokens=max_tokens,

@@ -105,7 +105,7 @@ class DocumentStore:
             self._records[record.id] = record
         for pending in self._pending.found():
             if pending.id in self._records:  # saved, but the server ended before its text was removed
-                self._pending.forget(pending.id)
+                self._forget_text(self._records[pending.id])
             else:
                 logger.info("the document %s was not read to its end, and is read again", pending.id)
                 self._start(self._record(pending))

@@ -1,13 +1,15 @@
 """`longshadow generate --input INPUT.jsonl --output OUTPUT.jsonl`. Nothing heavy is imported up here."""
 
 import json
+import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from longshadow.batch_files import Results, read_tasks
+from longshadow.batch_files import Results, Task, read_tasks
 from longshadow.cli_common import CHECK_FAILED
 from longshadow.shadowkv_options import check_rank
 
@@ -27,7 +29,7 @@ def check_ways(prompt_file: str | None, source: Path | None, target: Path | None
         for name, is_given in single_only.items():
             if is_given:
                 raise ValueError(f"{name} is for one prompt; with --input, say it in the lines of the file")
-        if source.resolve() == (target or source).resolve():
+        if os.path.realpath(source) == os.path.realpath(target or source):
             raise ValueError("--input and --output must be different files")
 
 
@@ -54,7 +56,9 @@ def run_files(
     if adapter is not None:
         read_adapter(adapter)  # raises for what is none, before the model is loaded
     settings = {"model": model, "adapter": str(adapter), "shadowkv": repr(shadowkv), **sampling}
-    num_lines = sum(1 for _ in read_tasks(source, settings))
+    # Read once to tell mistakes before any work, and again later; what comes through a pipe is gone by then.
+    kept: list[Task] | None = None if source.is_file() else list(read_tasks(source, settings))
+    num_lines = sum(1 for _ in (read_tasks(source, settings) if kept is None else kept))
     with Results(target) as results:
         from longshadow.batch import run_batch
         from longshadow.engine.runtime import LLM, SamplingParams
@@ -66,7 +70,8 @@ def run_files(
         lora = None if adapter is None else str(adapter)
         llm = LLM(loaded.model, tokenizer=loaded.tokenizer, adapter=lora, shadowkv=shadowkv)
         with llm, _LineBar(num_lines) as bar:
-            counts = run_batch(llm, read_tasks(source, settings), results, defaults, on_line=bar.advance)
+            tasks: Iterable[Task] = read_tasks(source, settings) if kept is None else kept
+            counts = run_batch(llm, iter(tasks), results, defaults, on_line=bar.advance)
     if json_output:
         print(json.dumps({"answered": counts.answered, "refused": counts.refused, "done_before": counts.done_before}))
     else:

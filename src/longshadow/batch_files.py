@@ -5,6 +5,7 @@ A run that was stopped goes on where it was: a line whose result is there is not
 
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,8 +89,8 @@ class Results:
         for number, raw in enumerate(whole.splitlines(), 1):
             try:
                 result = json.loads(raw)
-                done[int(result["line"])] = str(result["key"])
-            except (ValueError, KeyError, TypeError) as error:
+                done[operator.index(result["line"])] = str(result["key"])
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
                     f"{self._path} holds something else (line {number}); choose another --output"
                 ) from error
@@ -111,8 +112,12 @@ class Results:
 
     def append(self, task: Task, result: dict[str, Any]) -> None:
         """Writes a result, on the disk when this returns."""
-        line = json.dumps({"line": task.line, "key": task.key, **result}, ensure_ascii=False) + "\n"
-        left = memoryview(line.encode(errors="replace"))
+        fields = {"line": task.line, "key": task.key, **result}
+        try:
+            line = json.dumps(fields, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, in an id: escaped, as it came
+            line = json.dumps(fields).encode()
+        left = memoryview(line + b"\n")
         while left:
             left = left[os.write(self._file, left) :]
         os.fsync(self._file)

@@ -13,7 +13,7 @@ from transformers import (
 
 from longshadow.engine.runtime import SamplingParams
 from longshadow.engine.runtime.loading import end_tokens
-from longshadow.engine.runtime.model_defaults import ModelDefaults
+from longshadow.engine.runtime.model_defaults import UNSUPPORTED, ModelDefaults
 from longshadow.engine.shadowkv import MemoryReport, ShadowKVCache, ShadowKVConfig, graphed_decoding
 from longshadow.models import LoadedModel
 from longshadow.streaming import (
@@ -23,6 +23,19 @@ from longshadow.streaming import (
     prefill_hooks,
     remembered_interrupts,
 )
+
+# How this module runs a model, whatever its generation_config says: one sequence, a token at a time, in our cache.
+ONE_STREAM: dict[str, Any] = {
+    "num_return_sequences": 1,
+    "use_cache": True,
+    "cache_implementation": None,
+    "prompt_lookup_num_tokens": None,
+    "return_dict_in_generate": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "output_logits": False,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +68,13 @@ class Sampling:
     def arguments(self, loaded: LoadedModel) -> dict[str, Any]:
         """For `model.generate`: the engine's rule for what is not said here."""
         ends = end_tokens(loaded.model, loaded.tokenizer)
-        params = ModelDefaults.of(loaded.model, ends).fill(self.params(), self.max_new_tokens)
-        # A stream has one sequence.
+        defaults = ModelDefaults.of(loaded.model, ends)
+        defaults.warn()
+        params = defaults.fill(self.params(), self.max_new_tokens)
+        neutral = ONE_STREAM | {name: values[-1] for name, values in UNSUPPORTED.items()}
         chosen: dict[str, Any] = {
+            **{name: value for name, value in neutral.items() if hasattr(defaults.source, name)},
             "max_new_tokens": self.max_new_tokens,
-            "num_beams": 1,
             "repetition_penalty": params.repetition_penalty,
         }
         if ends:

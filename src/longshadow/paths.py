@@ -6,7 +6,7 @@ from pathlib import Path
 
 def check_output(path: Path, option: str) -> Path:
     """A path below a folder that is there, with ~ as the user's. Raises ValueError where nothing can be written."""
-    target = path.expanduser()
+    target = Path(os.path.expanduser(path))  # of an unknown ~user it makes nothing else
     parent = target.absolute().parent
     if not parent.is_dir():
         what = "is no folder" if parent.exists() else "does not exist: make it first"
@@ -23,6 +23,8 @@ def check_output_file(path: Path, option: str) -> Path:
     target = check_output(path, option)
     if target.is_dir():
         raise ValueError(f"{option} {path}: it is a folder, and must be a file")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{option} {path}: it is a device or a pipe, and must be a file")
     return target
 
 

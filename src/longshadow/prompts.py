@@ -1,5 +1,6 @@
 """From a document and a question to token ids that fit the model."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ def read_document(source: str) -> str:
     """
     name = "standard input" if source == "-" else source
     try:
-        content = _standard_input() if source == "-" else Path(source).expanduser().read_bytes()
+        content = _standard_input() if source == "-" else Path(os.path.expanduser(source)).read_bytes()
         document = content.decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"cannot read the prompt file {name}: {error.strerror or error}") from error

@@ -1,4 +1,5 @@
 import asyncio
+import os
 import random
 from typing import Any
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from longshadow import LLM, SamplingParams
-from longshadow.engine.runtime import RequestOutput, RequestTooLong
+from longshadow.engine.runtime import EngineClosed, RequestOutput, RequestTooLong
 from tests.engine.runtime.engines import (
     GREEDY,
     assert_nothing_is_left,
@@ -183,3 +184,18 @@ def test_impossible_engines_are_refused(changes: dict[str, Any], message: str) -
     with pytest.raises(ValueError, match=message):
         engine(model=model, **changes)
     assert model.config._attn_implementation != "longshadow"
+
+
+def test_a_forked_process_is_told_that_it_has_no_engine() -> None:
+    with engine() as llm:
+        llm.generate("abc", GREEDY)
+        child = os.fork()
+        if not child:
+            try:
+                llm.generate("abc", GREEDY)
+            except EngineClosed as error:
+                os._exit(0 if "forked" in str(error) else 1)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert llm.generate("abc", GREEDY)

@@ -1,8 +1,10 @@
 """Messages from anywhere become texts, or one line says why not."""
 
+import dataclasses
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from longshadow.engine.runtime.chat import encode_chat
 from longshadow.engine.runtime.messages import normalised
@@ -35,6 +37,36 @@ def test_the_server_joins_them_the_same_way(content: Any, text: str) -> None:
     body = ChatCompletionBody.model_validate({"model": "m", "messages": [message]})
     [turn] = normalised([message])
     assert body.messages[0].as_turn() == turn == {"role": "system", "content": text}
+
+
+class Turn(BaseModel):
+    """As openai's messages, which a client puts back into its history."""
+
+    role: str
+    content: str | list[dict[str, str]] | None
+    refusal: str | None = None
+
+
+@dataclasses.dataclass
+class Plain:
+    """A caller's own."""
+
+    role: str
+    content: str
+
+
+def test_objects_of_clients_libraries_are_messages() -> None:
+    turns: Any = [Turn(role="user", content="Why?"), Plain("assistant", "So."), Turn(role="user", content="Why not?")]
+    plain = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    plain.append({"role": "user", "content": "Why not?"})
+    expected = encode_chat(TOKENIZER, plain, after_document=False)
+    assert encode_chat(TOKENIZER, turns, after_document=False) == expected
+    assert normalised(turns) == plain
+    assert normalised([Turn(role="user", content=[{"type": "text", "text": "Why?"}])]) == plain[:1]
+    with pytest.raises(ValueError, match="got none"):
+        normalised([Turn(role="user", content=None)])
+    with pytest.raises(ValueError, match="list of objects"):
+        normalised([Turn])
 
 
 def test_calls_of_tools_need_no_content_and_have_objects() -> None:

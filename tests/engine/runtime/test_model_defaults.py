@@ -30,6 +30,9 @@ CHOICES: dict[str, dict[str, Any]] = {
     "least length": {"eos_token_id": list(range(1, 200)), "min_new_tokens": 6},
     "end tokens": {"eos_token_id": [0, *range(50, 90)]},
     "the likeliest by sampling": {"do_sample": True, "top_k": 1, "repetition_penalty": 1.3},
+    "ways to run": {"use_cache": False, "cache_implementation": "static", "num_return_sequences": 1},
+    "guesses ahead": {"prompt_lookup_num_tokens": 3},
+    "outputs": {"output_attentions": True, "output_scores": True, "output_hidden_states": True},
     "the likeliest by top_p": {"do_sample": True, "temperature": 0.4, "top_p": 1e-6},
 }
 
@@ -41,25 +44,40 @@ def chosen(choice: str) -> LoadedModel:
     return LoadedModel(name="tiny", model=model, tokenizer=tokenizer, max_positions=MAX_POSITIONS)
 
 
+def command_line(loaded: LoadedModel) -> list[int]:
+    return generate(
+        loaded,
+        torch.tensor([PROMPT]),
+        Sampling(max_new_tokens=NUM_NEW),
+        shadow=EXACT,
+        on_text=lambda text: None,
+        on_prefill=lambda done, layers: None,
+    ).tokens
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_way_gives_the_tokens_of_the_models_own_generate(choice: str) -> None:
     loaded = chosen(choice)
     model: Any = loaded.model
     ids = torch.tensor([PROMPT])
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW, pad_token_id=0)
-    ways = {
-        "command line": generate(
-            loaded,
-            ids,
-            Sampling(max_new_tokens=NUM_NEW),
-            shadow=EXACT,
-            on_text=lambda text: None,
-            on_prefill=lambda done, layers: None,
-        ).tokens
-    }
+    ways = {"command line": command_line(loaded)}
     with engine(model=model, shadowkv=EXACT) as llm:
         ways["LLM"] = llm.generate(PROMPT, SamplingParams(max_tokens=NUM_NEW))[0].outputs[0].token_ids
     assert ways == dict.fromkeys(ways, expected[0, len(PROMPT) :].tolist())
+
+
+def test_what_is_not_supported_is_left_out_on_the_command_line_too(caplog: pytest.LogCaptureFixture) -> None:
+    loaded = chosen("nothing")
+    unsupported = {"num_beams": 3, "dola_layers": "low", "force_words_ids": [[5]], "token_healing": True}
+    more = {"num_return_sequences": 2, "penalty_alpha": 0.6, "guidance_scale": 1.5, "forced_eos_token_id": 7}
+    plain = command_line(loaded)
+    for name, value in {**unsupported, **more}.items():
+        setattr(loaded.model.generation_config, name, value)
+    with caplog.at_level(logging.WARNING):
+        assert command_line(loaded) == plain
+    for name in unsupported:
+        assert f"generation_config has {name} = " in caplog.text
 
 
 def test_a_request_that_says_otherwise_wins() -> None:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from longshadow.engine.serving.bodies import ChatCompletionBody, CompletionBody
 from tests.engine.serving.conftest import serving
 from tests.engine.serving.fake_engine import FakeEngine
 
@@ -210,3 +211,16 @@ def test_the_answers_length_can_be_chosen():
         assert chat(client, max_tokens=9).json()["usage"]["completion_tokens"] == 9
         long = [{"role": "user", "content": "x" * 4092}]
         assert chat(client, max_tokens=None, messages=long).json()["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize("make", [ChatCompletionBody, CompletionBody])
+def test_what_a_request_leaves_open_is_the_models_default(make):
+    request = CHAT if make is ChatCompletionBody else COMPLETION
+
+    def params(**changes):
+        return make.model_validate(request | changes).sampling_params(3)
+
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "min_tokens")
+    assert {getattr(params(), name) for name in names} == {None}
+    assert {getattr(params(**dict.fromkeys(names)), name) for name in names} == {None}
+    assert params(stop=[]).stop == () and params(stop="a").stop == ("a",)
