@@ -199,7 +199,7 @@ def test_a_port_that_is_taken(model):
 def test_a_documents_folder_that_is_a_file(model, tmp_path):
     path = tmp_path / "file"
     path.write_text("")
-    assert "File exists" in error_of(model, "--port", 0, "--documents-dir", path)
+    assert "it is a file, and must be a folder" in error_of(model, "--port", 0, "--documents-dir", path)
 
 
 def test_missing_libraries(model, monkeypatch):

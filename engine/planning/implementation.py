@@ -28,6 +28,7 @@ class Implementation:
         moves_hits: chunks that stay are moved to the front of their buffer.
         landmark_id_bytes: kept beside each landmark.
         keeps_rotations: cos and sin of compressed tokens are kept.
+        keeps_token_ids: the text is kept, for comparison with a later turn's.
     """
 
     replayed: bool = True
@@ -44,6 +45,7 @@ class Implementation:
     moves_hits: bool = False
     landmark_id_bytes: int = 0
     keeps_rotations: bool = True
+    keeps_token_ids: bool = True
 
 
 # Fused operators, one launch each, in transformers' modules (a norm is eight of their kernels, a rotation five),
@@ -67,6 +69,7 @@ ORIGINAL = Implementation(
     moves_hits=True,
     landmark_id_bytes=8,
     keeps_rotations=False,
+    keeps_token_ids=False,
 )
 
 _ORIGINAL_CONFIG = ShadowKVConfig(

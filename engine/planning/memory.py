@@ -13,6 +13,7 @@ from longshadow.engine.shadowkv.config import ShadowKVConfig
 
 SCALE_BYTES = 4
 INDEX_BYTES = 8
+TOKEN_ID_BYTES = 4
 GIBIBYTE = 2**30
 # The driver's context, the libraries' workspaces, and what an allocator cannot use.
 RESERVED_DEVICE_BYTES = GIBIBYTE
@@ -81,6 +82,8 @@ def sequence_memory(
     if implementation.keeps_rotations and config.key_store == "low_rank":
         rotated = size.num_compressed + size.logged_rotations
         device["rotation"] = rotated * shape.rotary_dim * shape.element_bytes
+    if implementation.keeps_token_ids:
+        device["token ids"] = size.num_tokens * TOKEN_ID_BYTES
     device["stock layers"] = _sliding_bytes(shape, size.num_tokens)
     values = {"values": shape.num_full_layers * stored}
     if config.key_store == "exact":

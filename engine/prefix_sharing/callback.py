@@ -1,5 +1,6 @@
 """Tells in a trainer's logs, and in one line at its end, how much sharing saves."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -41,4 +42,5 @@ class PrefixSharingCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            print(self.report.summary)
+            # Not among the results of the program that trains.
+            print(self.report.summary, file=sys.stderr)

@@ -82,9 +82,9 @@ def test_packing_bounds_the_precomputed_reference(
     """On rows of its own, too, of different lengths, so that packs take them out of order."""
     passes: list[int] = []
 
-    def run_tree(sharing: Any, tree: Any, *others: Any) -> Any:
+    def run_tree(forward: Any, tree: Any, *others: Any, **options: Any) -> Any:
         passes.append(tree.num_tokens)
-        return run(sharing, tree, *others)
+        return run(forward, tree, *others, **options)
 
     run = backbone._run_tree
     rows = [

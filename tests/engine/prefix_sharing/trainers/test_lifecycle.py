@@ -158,13 +158,13 @@ def test_what_was_shared_is_logged_and_told(
     rest = (*models, tokenizer, preferences, tmp_path)
     ours = make(PrefixSharingDPOTrainer, *rest, log_sharing=True)
     ours.train()
-    assert "prefix sharing: 2 of 2 batches shared" in capsys.readouterr().out
+    assert "prefix sharing: 2 of 2 batches shared" in capsys.readouterr().err
     theirs = make(trl.DPOTrainer, *rest)
     report = enable_prefix_sharing(theirs.model)
     theirs.callback_handler.callbacks.insert(0, PrefixSharingCallback(report))
     with share_prefixes(theirs.model):
         theirs.train()
-    assert "prefix sharing: 2 of 2 batches shared" in capsys.readouterr().out
+    assert "prefix sharing: 2 of 2 batches shared" in capsys.readouterr().err
     for trainer, counted in ((ours, ours.policy_sharing), (theirs, report)):
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
         assert len(steps) == 2 and all(added <= set(entry) for entry in steps)
