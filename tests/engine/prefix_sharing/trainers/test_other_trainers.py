@@ -82,11 +82,13 @@ def online(tokenizer: Any, preferences: Any, folder: Path) -> Any:
 
 
 LOGITS = {"logits/chosen", "logits/rejected"}
+# KTO's have been means over real tokens since it left trl.experimental.
+KTO_LOGITS = LOGITS if any("experimental" in base.__module__ for base in of("KTO", "trl")[0].__mro__) else set()
 KL = {"objective/kl", "objective/non_score_reward", "objective/rlhf_reward", "objective/entropy"}
 TRAINERS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "ORPO": (paired("ORPO", "trl.experimental.orpo"), LOGITS),
     "SimPO": (paired("CPO", "trl.experimental.cpo", loss_type="simpo", cpo_alpha=0.5), LOGITS),
-    "KTO": (unpaired, set()),
+    "KTO": (unpaired, KTO_LOGITS),
     "online DPO": (online, KL),
 }
 
