@@ -16,7 +16,7 @@ def normalised(messages: object) -> list[dict[str, Any]]:
 
     Raises ValueError, in one line with the message's number, for anything that is no message of text.
     """
-    found = [_fields(message) for message in messages] if isinstance(messages, list | tuple) else [None]
+    found: list[Any] = [_fields(message) for message in messages] if isinstance(messages, list | tuple) else [None]
     if not all(isinstance(message, Mapping) for message in found):
         raise ValueError("messages must be a list of objects with `role` and `content`")
     if not found:
@@ -40,7 +40,8 @@ def _fields(value: Any) -> Any:
         return value
     if callable(dump := getattr(value, "model_dump", None)):
         return dump(exclude_none=True)
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    is_instance = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return dataclasses.asdict(value) if is_instance else value
 
 
 def _normalised(where: str, message: Mapping[str, Any]) -> dict[str, Any]:
