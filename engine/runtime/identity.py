@@ -2,9 +2,11 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from longshadow.engine.runtime.shapes import LayerShape
@@ -21,12 +23,23 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 of every parameter's and buffer's name, shape, dtype and a sample of its elements."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // SAMPLED_ELEMENTS)
-        sample = flat[::step][:SAMPLED_ELEMENTS].cpu().contiguous()
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+        for part, plain in _plain_tensors(name, tensor.detach()):
+            digest.update(f"{part} {list(plain.shape)} {plain.dtype}\n".encode())
+            flat = plain.reshape(-1)
+            step = max(1, flat.numel() // SAMPLED_ELEMENTS)
+            sample = flat[::step][:SAMPLED_ELEMENTS].cpu().contiguous()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensor, or those that a library's own kind, such as torchao's weights, is made of: it need not be sliced."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield name, tensor
+        return
+    parts, _ = tensor.__tensor_flatten__()
+    for part in parts:
+        yield from _plain_tensors(f"{name}.{part}", getattr(tensor, part))
 
 
 def requirements(
