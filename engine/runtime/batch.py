@@ -110,6 +110,9 @@ class BatchLayer(AttendingLayer):
         """Announces new post-RoPE keys and values and returns them, the keys marked with this layer."""
         return announce(self._module, self, key_states), value_states
 
+    def forget_handoff(self) -> None:
+        """Nothing: a forward that was given up leaves nothing here."""
+
     def attend(
         self,
         query: torch.Tensor,

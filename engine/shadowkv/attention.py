@@ -10,7 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -30,6 +30,9 @@ _LAYER = "_longshadow_layer"
 class AttendingCache(Cache):
     """A cache that sees to the attention of the forwards that carry it."""
 
+    def check_forward(self, mask: torch.Tensor | None, batch_size: int, num_new: int) -> None:
+        """Raises for a forward that its layers would refuse, before any of them has its tokens. mask: [B, tokens]."""
+
 
 class AttendingLayer(CacheLayerMixin, ABC):  # type: ignore[no-untyped-call]
     """The cache layer's side of the hand-off; `is_sliding`: it sees to the attention's sliding window."""
@@ -47,6 +50,10 @@ class AttendingLayer(CacheLayerMixin, ABC):  # type: ignore[no-untyped-call]
         parameters: AttentionParameters,
     ) -> torch.Tensor:
         """See `ShadowKVLayer.attend`."""
+
+    @abstractmethod
+    def forget_handoff(self) -> None:
+        """A forward that was given up will not hand its keys over."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -138,7 +145,22 @@ def attention_forward(
             out = _attend_batch(query, key, value, mask, parameters, sliding_window)
     if hand_off is not None:
         hand_off.layer = None
-    return out.transpose(1, 2).contiguous(), None
+    out = out.transpose(1, 2).contiguous()
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        out = _WithoutGradient.apply(out, query, key, value)  # type: ignore[no-untyped-call]
+    return out, None
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """Keeps a backward through a cache from passing the attention over without a word."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> NoReturn:
+        raise RuntimeError("a ShadowKVCache has no gradients: leave it out of calls whose loss is differentiated")
 
 
 def _attend_batch(
@@ -203,6 +225,10 @@ def _hand_over(module: nn.Module, forward: Callable[..., Any], /, **kwargs: Any)
     _forward.hand_off = hand_off = _HandOff(module=module)
     try:
         output = lend_attention(IMPLEMENTATION, forward, **kwargs)
+    except BaseException:
+        if hand_off.layer is not None:
+            hand_off.layer.forget_handoff()
+        raise
     finally:
         _forward.hand_off = before
     if hand_off.layer is not None:
@@ -236,9 +262,12 @@ def _run_text_model(model: Any, forward: Callable[..., Any], /, **kwargs: Any) -
         first = kwargs["past_key_values"].get_seq_length()
         positions = torch.arange(first, first + new.shape[1], device=new.device).expand(3, new.shape[0], -1)
         kwargs["position_ids"] = positions
-    check_columns(kwargs.get("attention_mask"), len(new), kwargs["past_key_values"].get_seq_length(), new.shape[1])
+    cache: AttendingCache = kwargs["past_key_values"]
+    check_columns(kwargs.get("attention_mask"), len(new), cache.get_seq_length(), new.shape[1])
+    mask = row_mask(kwargs.get("attention_mask"), new.shape[1], type(model).__name__)
+    cache.check_forward(mask, len(new), new.shape[1])
     before = _forward.mask, _forward.position_ids, _forward.given_position_ids
-    _forward.mask = row_mask(kwargs.get("attention_mask"), new.shape[1], type(model).__name__)
+    _forward.mask = mask
     _forward.position_ids = positions[-3:] if positions is not None and positions.dim() == 3 else None
     _forward.given_position_ids = positions if positions is not None and positions.dim() == 2 else None
     # A mask of four dimensions is handed on as it is, so none of T x T is ever made.

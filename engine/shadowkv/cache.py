@@ -19,7 +19,7 @@ from longshadow.engine.shadowkv.config import ShadowKVConfig
 from longshadow.engine.shadowkv.families import AttentionLayer, RotaryAngles, describe_attention
 from longshadow.engine.shadowkv.layer import ShadowKVLayer
 from longshadow.engine.shadowkv.memory import MemoryReport, PeakMemory, report
-from longshadow.engine.shadowkv.positions import RotationSource, TokenPositions
+from longshadow.engine.shadowkv.positions import TORN, RotationSource, TokenPositions
 from longshadow.engine.shadowkv.rope import Rotation
 from longshadow.engine.shadowkv.state import CacheState
 from longshadow.engine.shadowkv.token_log import TokenLog
@@ -170,6 +170,19 @@ class ShadowKVCache(WatchedCache):
         )
         return updated
 
+    def check_forward(self, mask: torch.Tensor | None, batch_size: int, num_new: int) -> None:
+        """Raises RuntimeError after an interrupted forward, ValueError for a mask that does not fit what is cached.
+
+        Before any layer has the new tokens, so that a call that is put right can follow.
+        """
+        if not self._state.is_ahead:
+            self._check_whole()
+            self._state.positions.new_tokens(mask, batch_size, num_new)
+
+    def _check_whole(self) -> None:
+        if len({self.get_seq_length(index) for index in range(len(self.layers))}) > 1:
+            raise RuntimeError(TORN)
+
     def copy(self) -> Self:
         """A cache that goes on independently, for another question about the same text.
 
@@ -209,6 +222,7 @@ class ShadowKVCache(WatchedCache):
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         num_columns = -tokens_to_remove
+        self._check_whole()
         if num_columns > self.get_seq_length():
             raise ValueError(f"cannot take back {num_columns} tokens: the cache holds {self.get_seq_length()}")
         self._state.check_drop(num_columns)

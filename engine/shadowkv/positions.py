@@ -14,6 +14,7 @@ from longshadow.engine.shadowkv.rope import Rotation
 
 Rows = list[slice | torch.Tensor]
 EVERY_TOKEN = slice(None)
+TORN = "the cache's layers hold different tokens, as after an interrupted forward: cache.reset()"
 RotationSource = Callable[[str, torch.Tensor], Rotation]
 
 
@@ -94,11 +95,7 @@ class TokenPositions:
         if (num_seen, num_new) == (self._num_seen, self._num_new):
             return self._rows
         if num_seen != self._num_seen + self._num_new:
-            raise RuntimeError(
-                "the cache's layers hold different tokens, as after an interrupted forward: cache.reset()"
-            )
-        if self._num_real and len(self._num_real) != batch_size:
-            raise ValueError(f"the cache holds {len(self._num_real)} sequences, the batch has {batch_size}")
+            raise RuntimeError(TORN)
         new = self.new_tokens(mask, batch_size, num_new)
         rows = _real_tokens(new, batch_size)
         self._note_mask(new, batch_size, num_new)
@@ -138,8 +135,11 @@ class TokenPositions:
     def new_tokens(self, mask: torch.Tensor | None, batch_size: int, num_new: int) -> torch.Tensor | None:
         """The part [B, T] of a mask [B, seen + new] that is about the new tokens, None where all are real.
 
-        Raises ValueError where the rest of it is not what the masks of the earlier tokens were; None shows them all.
+        Raises ValueError for another number of sequences, and where the rest of the mask is not what the masks of the
+        earlier tokens were; None shows them all.
         """
+        if self._num_real and len(self._num_real) != batch_size:
+            raise ValueError(f"the cache holds {len(self._num_real)} sequences, the batch has {batch_size}")
         num_earlier = self._num_seen + self._num_new
         if mask is None:
             if self._mask is not None:

@@ -40,7 +40,7 @@ class Interception:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, within everything that is around it."""
         names = self._names[: len(args)]
-        if len(args) > len(names) or not kwargs.keys().isdisjoint(names):
+        if len(args) > len(names) or any(name in kwargs for name in names):
             return self._innermost(*args, **kwargs)
         forward: Callable[..., Any] = self._innermost
         for around in self._around:

@@ -239,3 +239,13 @@ def test_attentions_and_training_are_refused_with_the_reason() -> None:
         with pytest.raises(RuntimeError, match="for inference"):
             model.train()(IDS[:1], past_key_values=cache)
         assert cache.get_seq_length() == 0
+
+
+def test_ordinary_calls_compile_as_one_graph_meanwhile() -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    with torch.no_grad():
+        expected = model(IDS, use_cache=False).logits
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        with ShadowKVCache.for_model(model), share_prefixes(model):
+            actual = compiled(IDS, use_cache=False).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
