@@ -128,7 +128,7 @@ def test_an_interrupted_forward_is_told_every_time_and_cannot_be_cropped_away() 
             lambda: model.generate(IDS, past_key_values=cache, max_new_tokens=2),
             lambda: cache.crop(-1),
         ):
-            with pytest.raises(RuntimeError, match="interrupted forward: cache.reset"):
+            with pytest.raises(RuntimeError, match=r"interrupted forward: cache\.reset"):
                 call()
 
 
