@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 import resource
 import struct
@@ -158,7 +159,8 @@ def test_a_hostile_header_is_refused_in_one_line(
     with pytest.raises(DocumentError, match=f"cannot load {path}: ") as caught:
         llm.load_document(path)
     assert "\n" not in str(caught.value)
-    assert llm.statistics() == before
+    # All but the speed of the last seconds.
+    assert dataclasses.replace(llm.statistics(), tokens_per_second=before.tokens_per_second) == before
 
 
 def damaged_contents(path: Path, name: str, value: bytes) -> None:
