@@ -20,10 +20,11 @@ SHAPE = LLAMA_3_1_8B
 PROBE = replace(SHAPE, num_layers=2, hidden_size=64, intermediate_size=64, vocab_size=64)
 RANK = 160
 FULL, BF16, INT8 = "full cache, bf16", "ShadowKV, bf16", "ShadowKV, int8 factors and landmarks"
-# What does not grow with the context: the budget's resident slots, outlier and sink chunks, recent tokens, basis.
-FIXED_PARTS = ("resident", "exact chunks", "tail", "basis", "query energy")
+# What does not grow with the context: the budget's resident slots, outlier and sink chunks, recent tokens, basis. Ids
+# are of the decoded token alone; a text that came as ids has four bytes a token, an eighth of a byte for each layer.
+FIXED_PARTS = ("resident", "exact chunks", "tail", "basis", "query energy", "token ids")
 # One rotation serves all layers of a sequence, one scratch memory all layers of a batch.
-SHARED_PARTS = ("rotation", "decode step", "token ids")
+SHARED_PARTS = ("rotation", "decode step")
 
 
 @dataclass(frozen=True, kw_only=True)

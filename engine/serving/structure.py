@@ -21,8 +21,8 @@ def check_structure(body: bytes, most: int = MOST_VALUES) -> None:
         return
     # Without escapes every quotation mark begins or ends a string.
     plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    # A string is a value, or the key of one.
-    if plain.count(b'"') > 4 * most or _count(b"".join(plain.split(b'"')[::2])) > most:
+    # A string is a value, or the key of one, and there is a value more than commas and brackets.
+    if plain.count(b'"') > 4 * (most + 1) or _count(b"".join(plain.split(b'"')[::2])) > most:
         message = f"the request's body holds more than {most:,} JSON values; send several requests, or a text"
         raise ApiError(400, message, code="too_many_values")
 

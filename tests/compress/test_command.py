@@ -225,7 +225,7 @@ def test_mistakes(models: tuple[Path, Path], tmp_path: Path) -> None:
         (run(original, quantized, tmp_path / "a", "--rank", "0"), "--rank must be at least 1"),
         (run(original, quantized, tmp_path / "a", "--rank", "8", "--budget-mb", "1"), "not both"),
         (run(original, quantized, tmp_path / "a", "--max-memory", "10kB"), "are allowed"),
-        (run(original, quantized, tmp_path / "a", "--max-memory", "much"), "looks like 8GB"),
+        (run(original, quantized, tmp_path / "a", "--max-memory", "much"), "must look like 8GB"),
         (run(original, quantized, tmp_path / "a", "--quantize", "int9:g1"), "--quantize takes"),
         (run(original, quantized, tmp_path / "a", "--quantize", "int9:g1", "--dry-run"), "--quantize takes"),
         (run(tmp_path / "lora", quantized, tmp_path / "a"), "is a LoRA adapter"),
