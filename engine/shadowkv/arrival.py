@@ -5,6 +5,7 @@ would be compressed then, and nobody would know.
 """
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from longshadow.engine.switching.attention import outside_graphs
 from longshadow.engine.switching.interception import intercept
 
 
-class WatchedCache(AttendingCache):
+class WatchedCache(AttendingCache, ABC):
     """A cache whose use is watched.
 
     Attributes:
@@ -30,13 +31,13 @@ class WatchedCache(AttendingCache):
     tokens: TokenLog
 
     @property
+    @abstractmethod
     def is_ahead(self) -> bool:
         """See above."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check_text(self, ids: torch.Tensor) -> None:
         """Raises ValueError where a text's ids [B, tokens] do not begin with what is cached."""
-        raise NotImplementedError
 
 
 def watch(model: nn.Module) -> Callable[[], None]:

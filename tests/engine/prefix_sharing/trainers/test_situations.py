@@ -18,7 +18,6 @@ from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 
 from longshadow import PrefixSharingDPOTrainer, PrefixSharingGRPOTrainer  # noqa: E402
-from longshadow.engine.prefix_sharing import disable_prefix_sharing  # noqa: E402
 from tests.engine.prefix_sharing.trainers.runs import VOCABULARY, model_of, number_of_words  # noqa: E402
 
 # Of weights after one step, whose gradients go through fp32 attention of different forms.
@@ -106,7 +105,6 @@ def assert_same_step(ours: Any, theirs: Any, situation: Situation) -> None:
 
 def assert_as_before(trainer: Any, situation: Situation) -> None:
     """The model after our trainer: no trace, and copies and pickles are plain."""
-    disable_prefix_sharing(trainer.model)
     model = trainer.accelerator.unwrap_model(trainer.model)
     assert not [name for module in model.modules() for name in vars(module) if "longshadow" in name]
     assert model.config._attn_implementation == situation.implementation
