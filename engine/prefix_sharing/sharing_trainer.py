@@ -12,6 +12,7 @@ from longshadow.engine.prefix_sharing.callback import PrefixSharingCallback
 from longshadow.engine.prefix_sharing.head import project_labelled_cells
 from longshadow.engine.prefix_sharing.options import SharingOptions
 from longshadow.engine.prefix_sharing.report import SharingReport
+from longshadow.models import empty_model
 
 
 class SharingTrainer:
@@ -69,8 +70,14 @@ class SharingTrainer:
     def _refuse(self, given: dict[str, Any]) -> None:
         """Raises ValueError for arguments of TRL's trainer that are known not to work, before it begins."""
         for name in ("model", "ref_model"):
-            if isinstance(given.get(name), nn.Module):
-                check_sharing(given[name])
+            model = given.get(name)
+            if isinstance(model, str):
+                try:
+                    model = empty_model(model)
+                except ValueError:  # the parent says it better, or finds it with options of its own
+                    continue
+            if isinstance(model, nn.Module):
+                check_sharing(model)
         if getattr(given.get("peft_config"), "is_prompt_learning", False):
             raise ValueError("prompt-learning adapters put their own tokens before each row: prefixes cannot be shared")
 

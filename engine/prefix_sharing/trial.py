@@ -80,7 +80,7 @@ def try_model(model: PreTrainedModel, tree_path: Callable[[nn.Module, PrefixTree
         except Exception:  # it needs what a plain forward lacks, a GPU for one: nothing is known, and nothing refused
             return Findings()
         by_length = _depends_on_length(backbone, model)
-        if not all(comparison.is_finite for comparison in comparisons.values()):
+        if not comparisons["right"].is_finite:
             return Findings(backbone=number, by_length=by_length)
         found = _compared(batches, comparisons, backbone, functools.partial(tree_path, backbone))
     positions = "column" if by_length and found.positions == "either" else found.positions
@@ -126,7 +126,10 @@ def _compared(
 
     try:
         different = difference("right", "tokens")
-        positions = _positions(difference("left", "column") is None, difference("left", "tokens") is None)
+        positions: Positions | None = "column"
+        # Some attention gives NaN in fp64 where padding comes first; a tree is as good as that.
+        if comparisons["left"].is_finite:
+            positions = _positions(difference("left", "column") is None, difference("left", "tokens") is None)
     except ValueError as error:
         return Findings(reason=str(error))
     except Exception as error:

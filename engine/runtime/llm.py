@@ -18,7 +18,7 @@ from longshadow.engine.runtime.engine import Engine
 from longshadow.engine.runtime.intake import Intake, Prompt, as_params, as_prompts, check_document
 from longshadow.engine.runtime.library import Library
 from longshadow.engine.runtime.limits import check_limits
-from longshadow.engine.runtime.loading import end_tokens, load
+from longshadow.engine.runtime.loading import check_before_loading, end_tokens, load, model_len
 from longshadow.engine.runtime.memory import Bytes, MemoryBudget
 from longshadow.engine.runtime.model_defaults import ModelDefaults
 from longshadow.engine.runtime.outputs import EngineStatistics, RequestOutput
@@ -27,9 +27,7 @@ from longshadow.engine.runtime.runner import ModelRunner
 from longshadow.engine.runtime.sampling_params import SamplingParams
 from longshadow.engine.runtime.workspace import step_workspace
 from longshadow.engine.shadowkv import ShadowKVConfig
-from longshadow.models import max_positions
 
-DEFAULT_MODEL_LEN = 32_768
 # Of each place's memory, for heads of earlier prompts.
 PREFIX_CACHE_SHARE = 4
 
@@ -87,8 +85,10 @@ class LLM:
         )
         if not isinstance(shadowkv, ShadowKVConfig | None):
             raise ValueError(f"shadowkv must be a ShadowKVConfig, got a {type(shadowkv).__name__}")
+        if isinstance(model, str | Path):
+            check_before_loading(str(model), max_model_len)
         self.model, self.tokenizer = load(model, tokenizer, adapter)
-        self.max_model_len = _model_len(self.model, max_model_len)
+        self.max_model_len = model_len(self.model.config, max_model_len)
         self.max_num_seqs = max_num_seqs
         defaults = ModelDefaults.of(self.model, end_tokens(self.model, self.tokenizer))
         defaults.warn()
@@ -269,12 +269,3 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _model_len(model: PreTrainedModel, wanted: int | None) -> int:
-    limit = max_positions(model.config)
-    if wanted is None:
-        return limit or DEFAULT_MODEL_LEN
-    if limit is not None and wanted > limit:
-        raise ValueError(f"max_model_len must be at most {limit}, the model's positions in a batch, got {wanted}")
-    return wanted

@@ -3,11 +3,36 @@
 from pathlib import Path
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from longshadow.compress.adapters.installing import with_adapter
 from longshadow.compress.adapters.reading import read_adapter
-from longshadow.models import LoadedModel, load_model, max_positions
+from longshadow.engine.shadowkv.families import full_attention_modules
+from longshadow.models import LoadedModel, empty_model, load_model, max_positions
+
+DEFAULT_MODEL_LEN = 32_768
+
+
+def check_before_loading(name: str, max_model_len: int | None = None) -> PreTrainedConfig:
+    """The configuration of a model that is still to be loaded; no weights are read.
+
+    Raises ValueError, with the reason, where ShadowKV cannot support it, whatever its weights are, or where it is
+    shorter than `max_model_len`.
+    """
+    model = empty_model(name)
+    full_attention_modules(model)
+    model_len(model.config, max_model_len)
+    return model.config
+
+
+def model_len(config: PreTrainedConfig, wanted: int | None) -> int:
+    """Longest sequence of an engine in tokens. Raises ValueError for more than the model has."""
+    limit = max_positions(config)
+    if wanted is None:
+        return limit or DEFAULT_MODEL_LEN
+    if limit is not None and wanted > limit:
+        raise ValueError(f"max_model_len must be at most {limit}, the model's positions in a batch, got {wanted}")
+    return wanted
 
 
 def load(

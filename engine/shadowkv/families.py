@@ -91,26 +91,37 @@ def describe_attention(model: PreTrainedModel) -> tuple[list[AttentionLayer | No
 
     Raises ValueError with the reason for models that ShadowKV does not support.
     """
-    name = type(model).__name__
-    check_configuration(model.config, name)
+    modules = full_attention_modules(model)
     config = model.config.get_text_config(decoder=True)
     layer_types, _ = get_layer_types_and_kwargs(config)
-    modules = _attention_modules(model)
     angles = RotaryAngles(model)
     layers: list[AttentionLayer | None] = []
     for index, layer_type in enumerate(layer_types):
-        if layer_type != FULL_ATTENTION:
+        if index not in modules:
             layers.append(None)
             continue
-        if index not in modules:
-            _refuse(name, f"no attention module with position_embeddings was found for layer {index}")
         layout, key_width = _probe(modules[index], layer_type, angles, config.hidden_size)
         layers.append(AttentionLayer(module=modules[index], layer_type=layer_type, layout=layout, key_width=key_width))
     return layers, angles
 
 
-def check_configuration(model_config: PreTrainedConfig, name: str) -> None:
-    """Raises ValueError, with the reason, for a configuration that ShadowKV does not support; `name`: of the model."""
+def full_attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """The modules of full-attention layers by layer index; of a model without weights, too.
+
+    Raises ValueError, with the reason, where ShadowKV cannot support the model, whatever its weights are.
+    """
+    name = type(model).__name__
+    _check_configuration(model.config, name)
+    layer_types, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    modules = _attention_modules(model)
+    full = [index for index, layer_type in enumerate(layer_types) if layer_type == FULL_ATTENTION]
+    for index in full:
+        if index not in modules:
+            _refuse(name, f"no attention module with position_embeddings was found for layer {index}")
+    return {index: modules[index] for index in full}
+
+
+def _check_configuration(model_config: PreTrainedConfig, name: str) -> None:
     config = model_config.get_text_config(decoder=True)
     if model_config.is_encoder_decoder:
         _refuse(name, "it is an encoder-decoder")

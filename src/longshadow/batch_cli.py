@@ -11,7 +11,7 @@ import typer
 
 from longshadow.batch_files import Results, Task, read_tasks
 from longshadow.cli_common import CHECK_FAILED
-from longshadow.shadowkv_options import check_rank
+from longshadow.shadowkv_options import check_model
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +65,8 @@ def run_files(
         from longshadow.models import load_model
 
         defaults = SamplingParams(**sampling)
+        check_model(model, shadowkv)
         loaded = load_model(model, dtype=dtype, device=device)
-        check_rank(shadowkv, loaded.model.config)
         lora = None if adapter is None else str(adapter)
         llm = LLM(loaded.model, tokenizer=loaded.tokenizer, adapter=lora, shadowkv=shadowkv)
         with llm, _LineBar(num_lines) as bar:

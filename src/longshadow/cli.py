@@ -13,7 +13,7 @@ from longshadow.compensate_cli import compensate
 from longshadow.plan_cli import plan
 from longshadow.prompts import encode_prompt, read_document
 from longshadow.serve_cli import serve
-from longshadow.shadowkv_options import Budget, KeyFormat, Rank, ValueFormat, check_rank, shadowkv_config
+from longshadow.shadowkv_options import Budget, KeyFormat, Rank, ValueFormat, check_model, shadowkv_config
 
 app = typer.Typer(
     help="Long contexts with small key-value caches; compensation of quantised models.",
@@ -104,10 +104,10 @@ def generate(
             return
         assert document is not None
         lora = None if adapter is None else read_adapter(adapter)
+        check_model(model, shadow)
         loaded = load_model(model, dtype=torch_dtype(dtype), device=device)
         if lora is not None:
             loaded = with_adapter(loaded, lora)
-        check_rank(shadow, loaded.model.config)
         prompt_ids = encode_prompt(loaded.tokenizer, document, question)
         report = answer(loaded, prompt_ids, sampling, shadow, compare=compare, stream=not json_output)
         if json_output:

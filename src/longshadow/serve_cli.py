@@ -10,7 +10,7 @@ import typer
 from longshadow.cli_common import DType, log_to_stderr, torch_dtype, user_errors
 from longshadow.env import API_KEY_VARIABLE
 from longshadow.paths import check_output_folder
-from longshadow.shadowkv_options import Budget, KeyFormat, Rank, ValueFormat, check_rank, shadowkv_config
+from longshadow.shadowkv_options import Budget, KeyFormat, Rank, ValueFormat, check_model, shadowkv_config
 from longshadow.sizes import UNITS_HELP
 
 LIBRARIES = ("fastapi", "uvicorn", "prometheus_client")
@@ -113,8 +113,8 @@ def serve(
         from longshadow.models import load_model
 
         with bound_socket(settings) as bound:
+            check_model(model, shadow, max_model_len)
             loaded = load_model(model, dtype=torch_dtype(dtype), device=device)
-            check_rank(shadow, loaded.model.config)
             llm = LLM(
                 loaded.model,
                 tokenizer=loaded.tokenizer,

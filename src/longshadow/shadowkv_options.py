@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from longshadow import ShadowKVConfig
 
 AUTO_RANK_ENERGY = 0.95
@@ -104,12 +102,14 @@ def parse_rank(text: str | None) -> int | None:
     return int(text)
 
 
-def check_rank(shadowkv: "ShadowKVConfig", model_config: "PretrainedConfig") -> None:
-    """Raises `ValueError` for a model that ShadowKV does not support, and a rank above the width of its keys."""
-    from longshadow.engine.shadowkv.families import check_configuration
+def check_model(name: str, shadowkv: "ShadowKVConfig", max_model_len: int | None = None) -> None:
+    """Raises ValueError, before any weight is read, for a model that ShadowKV does not support, a rank above the width
+    of its keys, and sequences longer than its own.
+    """
+    from longshadow.engine.runtime.loading import check_before_loading
     from longshadow.generation import key_width
 
-    check_configuration(model_config, str(model_config.model_type))
+    model_config = check_before_loading(name, max_model_len)
     if shadowkv.rank is not None and shadowkv.rank > (width := key_width(model_config)):
         raise ValueError(
             f"--rank must be between 1 and {width} (KV heads x head_dim) for this model, got {shadowkv.rank}"

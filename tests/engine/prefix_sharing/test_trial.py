@@ -142,3 +142,13 @@ def test_a_model_that_is_not_whole_is_tried_with_its_first_batch() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(tiny_model("llama").config)
     assert check_sharing(model).positions == "column"
+
+
+def test_a_model_that_gives_nan_where_padding_comes_first_is_tried_all_the_same() -> None:
+    model = tiny_model("stablelm")
+    model.set_attn_implementation("eager")
+    model.double()
+    ids, mask = pad([[5, 6, 7, 8], [5, 6]], side="left")
+    assert model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()].isnan().any()
+    with pytest.raises(ValueError, match="do not hand a tree on"):
+        check_sharing(model)

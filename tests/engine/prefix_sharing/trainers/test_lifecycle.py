@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PromptTuningConfig
-from transformers import TrainerCallback
+from transformers import BloomConfig, TrainerCallback
 
 from longshadow import PrefixSharingDPOTrainer
 from longshadow.engine.prefix_sharing import PrefixSharingCallback, enable_prefix_sharing, share_prefixes
@@ -172,3 +172,10 @@ def test_what_was_shared_is_logged_and_told(
         assert len(steps) == 2 and all(added <= set(entry) for entry in steps)
         assert steps[-1]["prefix_sharing/token_ratio"] == counted.token_ratio > 1.5
         assert steps[-1]["prefix_sharing/shared_batches"] == 1
+
+
+def test_a_model_by_name_is_refused_by_its_configuration(tmp_path: Path) -> None:
+    """Its folder holds nothing else, so the parent would find no weights."""
+    BloomConfig(vocab_size=100, hidden_size=32, n_layer=2, n_head=4).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="BloomForCausalLM cannot share prefixes: its attention"):
+        PrefixSharingDPOTrainer(model=str(tmp_path), args=None)
