@@ -48,13 +48,7 @@ def offer_tree_attention(model: nn.Module) -> Callable[[], None]:
             f"{type(model).__name__} cannot share prefixes: its attention does not go through transformers' attention "
             "interface"
         )
-    undo = [offer_attention(module, _around_attention) for module in text.attention]
-
-    def withdraw() -> None:
-        for each in undo:
-            each()
-
-    return withdraw
+    return offer_attention(text.attention, _around_attention)
 
 
 def _around_attention(module: nn.Module, forward: Callable[..., Any], /, **kwargs: Any) -> Any:

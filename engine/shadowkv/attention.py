@@ -203,8 +203,7 @@ def activate(model: nn.Module) -> Callable[[], None]:
             f"ShadowKV does not support {type(model).__name__}: its attention does not go through transformers' "
             "attention interface"
         )
-    undo = [offer_attention(module, _around_attention) for module in text.attention]
-    undo.append(intercept(text.module, _around_text_model))
+    undo = offer_attention(text.attention, _around_attention), intercept(text.module, _around_text_model)
 
     def deactivate() -> None:
         for each in undo:

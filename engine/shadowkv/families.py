@@ -216,7 +216,7 @@ def _keys_of(
     names = {each.name for each in parameters}
     if any(each.kind is each.VAR_KEYWORD for each in parameters):
         names.add("position_ids")
-    undo = offer_attention(module, _lend_trial)
+    undo = offer_attention([module], _lend_trial)
     try:
         with torch.no_grad():
             module(**{name: value for name, value in given.items() if name in names})

@@ -7,7 +7,7 @@ thread that makes them. So nothing is renamed, and every other call is the model
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -67,9 +67,15 @@ def _itself(config: Any) -> Any:
     return config
 
 
-def offer_attention(module: nn.Module, around: Around) -> Callable[[], None]:
-    """Lets `around` lend calls of an attention module another attention, until the returned function is called."""
-    return intercept(module, around, replaced={"config": SwitchedConfig})
+def offer_attention(modules: Iterable[nn.Module], around: Around) -> Callable[[], None]:
+    """Lets `around` lend calls of attention modules another attention, until the returned function is called."""
+    undo = [intercept(module, around, replaced={"config": SwitchedConfig}) for module in modules]
+
+    def withdraw() -> None:
+        for each in undo:
+            each()
+
+    return withdraw
 
 
 @outside_graphs
